@@ -1,0 +1,16 @@
+"""jaxlm: decoder-only language models in JAX/Flax, provably the same model in PyTorch.
+
+Package map (imports go from right to left only; a test reads the AST):
+
+    config, presets, tokenizer, rope_table <- data <- sharding <- layers <- grouped <- attention, moe <- model
+        <- loss, generate <- optim, checkpoint, metrics <- train <- loop
+
+`config`, `presets`, `tokenizer` and `rope_table` import neither jax nor torch: `torchref`, the PyTorch column, shares them.
+
+Dimension legend, used in annotations, einsum strings and name suffixes in both frameworks:
+
+    B batch        T query length   S key/cache length   D model width
+    N query heads  K kv heads       G = N/K              H head dim
+    F ffn width    V vocabulary     E experts            A active experts
+    L layers       R LoRA rank      M microbatches       P tokens of a batch (B*T)
+"""

@@ -1,0 +1,208 @@
+"""Grouped-query attention: masks, a readable form, fast forms, the KV cache. Twin: torchref/attention.py.
+
+    scores = q k^T / sqrt(H) (+ bias table);  out = softmax(scores where allowed) v
+
+Query head n reads kv head n // G. Which query may see which key is said by `Visibility`; a query that may see no key
+(padding) gives zeros. Source: arXiv:1706.03762, section 3.2; arXiv:2305.13245 (GQA).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
+
+from jaxlm.config import ModelConfig
+from jaxlm.layers import Backends, Linear, RMSNorm, apply_rope, dropout, init_std, make_param, split_key, upcast
+from jaxlm.shapes import Bool, Float, Int
+from jaxlm.sharding import BATCH_AXES, constrain, current_mesh_shape
+
+
+class Visibility(NamedTuple):
+    """Which keys a query may see: its own segment's, not later than itself; segment 0 is padding."""
+
+    query_index: Int[Array, " T"]  # slot of each query in the sequence
+    key_index: Int[Array, " S"]  # slot of each key
+    query_segment: Int[Array, "B T"] | None  # None: one segment, no padding
+    key_segment: Int[Array, "B S"] | None
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer, rotated already; slots past the current length hold zeros."""
+
+    k: Float[Array, "B S K H"]
+    v: Float[Array, "B S K H"]
+
+
+class KVCache(NamedTuple):
+    """What decoding remembers: one LayerCache per block, the slots' segments (0 = empty or padding), slots in use."""
+
+    layers: tuple[LayerCache, ...]
+    segment: Int[Array, "B S"]
+    length: Int[Array, ""]
+
+
+def init_cache(config: ModelConfig, batch: int, slots: int, dtype: DTypeLike) -> KVCache:
+    """An empty cache for `slots` positions of `batch` sequences."""
+    shape = (batch, slots, config.n_kv_heads, config.head_dim)
+    layers = tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.n_layers))
+    return KVCache(layers, jnp.zeros((batch, slots), jnp.int32), jnp.zeros((), jnp.int32))
+
+
+def allowed(visibility: Visibility, window: int) -> Bool[Array, "#B T S"]:
+    """The boolean mask: causal, the last `window` positions only (0 = all), equal and non-zero segments."""
+    distance = visibility.query_index[:, None] - visibility.key_index[None, :]
+    mask = distance >= 0
+    if window:
+        mask &= distance < window
+    mask = mask[None]
+    if visibility.query_segment is not None and visibility.key_segment is not None:
+        query, key = visibility.query_segment[:, :, None], visibility.key_segment[:, None, :]
+        mask = mask & (query == key) & (query > 0)
+    return mask
+
+
+def masked_softmax(scores: Float[Array, "*B T S"], mask: Bool[Array, "*M T S"]) -> Float[Array, "*B T S"]:
+    """Softmax over the allowed keys, upcast; a row without any is zero, not NaN and not uniform."""
+    scores = jnp.where(mask, upcast(scores), -jnp.inf)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - jnp.where(jnp.isfinite(top), jax.lax.stop_gradient(top), 0))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return weights / jnp.where(total == 0, 1, total)
+
+
+def readable_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Bool[Array, "#B T S"],
+    bias: Float[Array, "N T S"] | None,
+    rate: float,
+    key: Array | None,
+) -> Float[Array, "B T N H"]:
+    """One head at a time, as the equation is written."""
+    group = q.shape[2] // k.shape[2]
+    heads = []
+    for head, head_key in enumerate(split_key(key, q.shape[2])):
+        q_BTH, k_BSH, v_BSH = q[:, :, head], k[:, :, head // group], v[:, :, head // group]
+        scores_BTS = upcast(q_BTH) @ upcast(k_BSH).mT / q.shape[3] ** 0.5
+        if bias is not None:
+            scores_BTS += upcast(bias[head])
+        weights_BTS = masked_softmax(scores_BTS, mask).astype(v.dtype)
+        heads.append(dropout(weights_BTS, rate, head_key) @ v_BSH)
+    return jnp.stack(heads, axis=2)
+
+
+def fast_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Bool[Array, "#B T S"],
+    bias: Float[Array, "N T S"] | None,
+    rate: float,
+    key: Array | None,
+) -> Float[Array, "B T N H"]:
+    """All heads in two contractions; q, k, v in their dtype, scores and softmax upcast."""
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    q_BTKGH = q.reshape(B, T, K, N // K, H)
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k, preferred_element_type=wide) / H**0.5
+    if bias is not None:
+        scores += upcast(bias.reshape(1, K, N // K, *bias.shape[1:]))
+    weights = masked_softmax(scores, mask[:, None, None]).astype(v.dtype)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", dropout(weights, rate, key), v).reshape(B, T, N, H)
+
+
+def cudnn_attention(q: Array, k: Array, v: Array, window: int) -> Array:
+    """cuDNN's fused kernel: causal, optionally windowed, no padding, half precision; per shard under a mesh."""
+
+    def local(q: Array, k: Array, v: Array) -> Array:
+        span = (window - 1, 0) if window else None
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=span, implementation="cudnn")
+
+    if not current_mesh_shape():
+        return local(q, k, v)
+    heads = PartitionSpec(BATCH_AXES, None, "tensor", None)
+    return jax.shard_map(local, in_specs=(heads, heads, heads), out_specs=heads, check_vma=False)(q, k, v)
+
+
+def choose_attention(requested: str, q: Array, plain: bool) -> str:
+    """`auto` takes cuDNN where it is exact and present: half precision on CUDA, plain causal attention."""
+    if requested != "auto":
+        return requested
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    return "cudnn" if plain and half and jax.default_backend() == "gpu" else "xla"
+
+
+class Attention(nnx.Module):
+    """Projections, rotary positions and attention of one block."""
+
+    def __init__(self, config: ModelConfig, layer: int, backends: Backends, *, rngs: nnx.Rngs, dtype: DTypeLike):
+        D, N, K, H = config.d_model, config.n_heads, config.n_kv_heads, config.head_dim
+        std, qkv = init_std(config, D), config.qkv_bias
+        self.q_proj = Linear(D, N * H, bias=qkv, std=std, axes=("embed", "heads"), rngs=rngs, dtype=dtype)
+        self.k_proj = Linear(D, K * H, bias=qkv, std=std, axes=("embed", "kv_heads"), rngs=rngs, dtype=dtype)
+        self.v_proj = Linear(D, K * H, bias=qkv, std=std, axes=("embed", "kv_heads"), rngs=rngs, dtype=dtype)
+        std = init_std(config, N * H, residual=True)
+        out_bias = config.attn_out_bias
+        self.o_proj = Linear(N * H, D, bias=out_bias, std=std, axes=("heads", "embed"), rngs=rngs, dtype=dtype)
+        self.q_norm = RMSNorm(H, config.norm_eps, dtype=dtype) if config.qk_norm else None
+        self.k_norm = RMSNorm(H, config.norm_eps, dtype=dtype) if config.qk_norm else None
+        table = (1, N, config.context, config.context)
+        self.bias_table = make_param(table, (None,) * 4, 0.0, rngs, dtype) if config.attn_bias_table else None
+        self.n_heads, self.n_kv_heads, self.head_dim = N, K, H
+        self.window, self.rate, self.backend = config.window(layer), config.dropout, backends.attention
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        rope: tuple[Array, Array] | None,
+        visibility: Visibility,
+        cache: LayerCache | None = None,
+        key: Array | None = None,
+    ) -> tuple[Float[Array, "B T D"], dict[str, Array], LayerCache | None]:
+        """The block's attention output, its activations by relative name, and the cache with k and v written."""
+        B, T, _ = x.shape
+        q_BTNH = self.q_proj(x).reshape(B, T, self.n_heads, self.head_dim)
+        k_BTKH = self.k_proj(x).reshape(B, T, self.n_kv_heads, self.head_dim)
+        v_BTKH = self.v_proj(x).reshape(B, T, self.n_kv_heads, self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        if rope is not None:
+            q_BTNH, k_BTKH = apply_rope(q_BTNH, *rope), apply_rope(k_BTKH, *rope)
+        q_BTNH = constrain(q_BTNH, ("batch", None, "heads", None))
+        k_BTKH = constrain(k_BTKH, ("batch", None, "kv_heads", None))
+        v_BTKH = constrain(v_BTKH, ("batch", None, "kv_heads", None))
+        acts = {"q": q_BTNH, "k": k_BTKH, "v": v_BTKH}
+        k_BSKH, v_BSKH = k_BTKH, v_BTKH
+        if cache is not None:
+            start = visibility.query_index[0]
+            cache = LayerCache(
+                jax.lax.dynamic_update_slice_in_dim(cache.k, k_BTKH.astype(cache.k.dtype), start, axis=1),
+                jax.lax.dynamic_update_slice_in_dim(cache.v, v_BTKH.astype(cache.v.dtype), start, axis=1),
+            )
+            k_BSKH, v_BSKH = cache.k, cache.v
+        out_BTNH = self.attend(q_BTNH, k_BSKH, v_BSKH, visibility, cached=cache is not None, key=key)
+        acts["heads"] = out_BTNH
+        return self.o_proj(out_BTNH.reshape(B, T, -1)), acts, cache
+
+    def attend(
+        self, q: Array, k: Array, v: Array, visibility: Visibility, cached: bool, key: Array | None = None
+    ) -> Float[Array, "B T N H"]:
+        """Dispatches to the implementation; all give the same result."""
+        dropping = key is not None and self.rate > 0
+        plain = not cached and visibility.query_segment is None and self.bias_table is None and not dropping
+        backend = choose_attention(self.backend, q, plain)
+        if backend == "cudnn":
+            return cudnn_attention(q, k, v, self.window)
+        bias = None
+        if self.bias_table is not None:
+            rows, columns = visibility.query_index[:, None], visibility.key_index[None, :]
+            bias = self.bias_table[...][0][:, rows, columns]
+        mask = allowed(visibility, self.window)
+        form = readable_attention if backend == "readable" else fast_attention
+        return form(q, k, v, mask, bias, self.rate, key)

@@ -1,0 +1,381 @@
+"""Everything a run can be told, as frozen dataclasses: no jax, no torch, JSON in and out.
+
+The trailing comment of a field is its help text on the command line. Combinations that cannot work are refused here,
+with both numbers in the message, before anything is built or written.
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+C = TypeVar("C")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot work; the message is one line that says what to change."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched past the length the model was first trained for."""
+
+    kind: Literal["none", "linear", "llama3", "yarn"] = "none"  # formula; sources in jaxlm/rope_table.py
+    factor: float = 1.0  # stretch of the context (linear, llama3, yarn)
+    original_context: int = 0  # positions the unscaled model was trained for (llama3, yarn)
+    low_freq_factor: float = 1.0  # llama3: wavelengths over original_context/this are stretched fully
+    high_freq_factor: float = 4.0  # llama3: wavelengths under original_context/this are left alone
+    beta_fast: float = 32.0  # yarn: rotations over original_context above which a frequency is left alone
+    beta_slow: float = 1.0  # yarn: rotations below which a frequency is stretched fully
+    attention_factor: float = 0.0  # yarn: multiplier of cos and sin; 0 = 0.1 ln(factor) + 1 (the paper's)
+
+    def __post_init__(self) -> None:
+        _require(self.factor > 0, f"rope_scaling.factor={self.factor} must be positive")
+        if self.kind == "none":
+            _require(self.factor == 1.0, f"rope_scaling.factor={self.factor} has no effect with kind='none'")
+        if self.kind in ("llama3", "yarn"):
+            _require(
+                self.original_context > 0,
+                f"rope_scaling.original_context={self.original_context} must be positive for kind={self.kind!r}",
+            )
+        if self.kind == "llama3":
+            _require(
+                self.low_freq_factor < self.high_freq_factor,
+                f"rope_scaling.low_freq_factor={self.low_freq_factor} must be below "
+                f"high_freq_factor={self.high_freq_factor}",
+            )
+        if self.kind == "yarn":
+            _require(
+                self.beta_slow < self.beta_fast,
+                f"rope_scaling.beta_slow={self.beta_slow} must be below beta_fast={self.beta_fast}",
+            )
+
+
+BalanceReduction = Literal["none", "mixtral", "layer_mean", "layer_sum", "megatron", "levanter", "maxtext"]
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Mixture of experts; n_experts = 0 makes every layer dense."""
+
+    n_experts: int = 0  # E; 0 = dense model
+    n_active: int = 2  # A, experts per token
+    d_ff: int = 0  # F of one expert; 0 = the model's d_ff
+    pattern: tuple[bool, ...] = (True,)  # layer i is MoE if pattern[i mod len]; the rest are dense
+    renormalize: bool = True  # make the A chosen router probabilities sum to one
+    capacity_factor: float = 0.0  # 0 = dropless; else an expert keeps its first int(this * tokens / E) tokens in training
+    balance: BalanceReduction = "mixtral"  # reduction of the balance loss; formulas in jaxlm/moe.py
+    balance_coef: float = 0.01  # weight of the balance loss
+    router_z_coef: float = 0.0  # weight of mean(logsumexp(router logits)^2), summed over layers
+    expert_bias: bool = False  # biases in the experts
+    shared_d_ff: int = 0  # width of a shared expert that sees every token; 0 = none
+    shared_gate: bool = False  # multiply the shared expert by sigmoid(x w)
+
+    def __post_init__(self) -> None:
+        _require(self.n_experts >= 0, f"moe.n_experts={self.n_experts} must not be negative")
+        if self.n_experts == 0:
+            return
+        _require(
+            1 <= self.n_active <= self.n_experts,
+            f"moe.n_active={self.n_active} must be between 1 and n_experts={self.n_experts}",
+        )
+        _require(len(self.pattern) > 0, "moe.pattern is empty; it needs at least one of True, False")
+        _require(any(self.pattern), f"moe.pattern={self.pattern} has no MoE layer but n_experts={self.n_experts}")
+        _require(self.capacity_factor >= 0, f"moe.capacity_factor={self.capacity_factor} must not be negative")
+        _require(self.balance_coef >= 0, f"moe.balance_coef={self.balance_coef} must not be negative")
+        _require(self.router_z_coef >= 0, f"moe.router_z_coef={self.router_z_coef} must not be negative")
+        _require(self.d_ff >= 0, f"moe.d_ff={self.d_ff} must not be negative")
+        _require(self.shared_d_ff >= 0, f"moe.shared_d_ff={self.shared_d_ff} must not be negative")
+        _require(
+            not (self.shared_gate and self.shared_d_ff == 0),
+            f"moe.shared_gate={self.shared_gate} needs a shared expert, but shared_d_ff={self.shared_d_ff}",
+        )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder. What shapes or numbers depend on has no default; options are off unless named."""
+
+    vocab_size: int  # V
+    d_model: int  # D
+    n_layers: int  # L
+    n_heads: int  # N, query heads
+    n_kv_heads: int  # K, key and value heads; N = MHA, 1 = MQA, between = GQA
+    head_dim: int  # H, independent of D/N
+    d_ff: int  # F of a dense MLP
+    context: int  # longest sequence
+    rope_theta: float  # base of the rotary frequencies (position='rope')
+    norm_eps: float  # inside the square root of RMSNorm
+    position: Literal["rope", "learned"] = "rope"  # rotary, or a learned table added to the embedding
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)  # stretched rotary frequencies
+    mlp: Literal["swiglu", "gelu_erf", "gelu_tanh"] = "swiglu"  # dense MLPs and experts alike
+    qkv_bias: bool = False  # biases on the q, k and v projections
+    attn_out_bias: bool = False  # bias on the attention output projection
+    mlp_bias: bool = False  # biases in dense MLPs
+    head_bias: bool = False  # bias on the logits
+    attn_bias_table: bool = False  # learned [1, N, context, context] added to the scores (gptoss-original)
+    qk_norm: bool = False  # RMSNorm over H on q and k, before RoPE
+    tied: bool = False  # head = embedding transposed
+    windows: tuple[int, ...] = (0,)  # layer i sees the last windows[i mod len] positions; 0 = all
+    dropout: float = 0.0  # on embeddings, attention probabilities and the MLP's hidden layer
+    init: Literal["normal", "fan_in"] = "normal"  # normal: init_std, residual outputs / sqrt(2L); fan_in: 1/sqrt(fan_in)
+    init_std: float = 0.02  # standard deviation under init='normal'
+    moe: MoEConfig = field(default_factory=MoEConfig)  # mixture of experts
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "context"):
+            value = getattr(self, name)
+            _require(value > 0, f"{name}={value} must be positive")
+        _require(
+            self.n_heads % self.n_kv_heads == 0,
+            f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads} (grouped-query attention)",
+        )
+        _require(self.norm_eps > 0, f"norm_eps={self.norm_eps} must be positive")
+        _require(0 <= self.dropout < 1, f"dropout={self.dropout} must be in [0, 1)")
+        _require(self.init_std > 0, f"init_std={self.init_std} must be positive")
+        if self.position == "rope":
+            _require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even for position='rope'")
+            _require(self.rope_theta > 0, f"rope_theta={self.rope_theta} must be positive")
+        else:
+            _require(
+                self.rope_scaling.kind == "none",
+                f"rope_scaling.kind={self.rope_scaling.kind!r} has no effect with position={self.position!r}",
+            )
+        _require(len(self.windows) > 0, "windows is empty; use 0 for full attention")
+        _require(min(self.windows) >= 0, f"windows={self.windows} must not be negative; 0 = full attention")
+
+    @property
+    def expert_d_ff(self) -> int:
+        """F of one expert."""
+        return self.moe.d_ff or self.d_ff
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether block `layer` holds experts instead of a dense MLP."""
+        return self.moe.n_experts > 0 and self.moe.pattern[layer % len(self.moe.pattern)]
+
+    def window(self, layer: int) -> int:
+        """Positions block `layer` sees, itself included; 0 = all."""
+        return self.windows[layer % len(self.windows)]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where tokens come from."""
+
+    path: str = ""  # text, jsonl or parquet file, or a directory of them; '' = the interpreter's standard library
+    column: str = "text"  # key of the text in jsonl and parquet
+    tokenizer: str = "train"  # train = byte-level BPE on the corpus; a tokenizer.json; or gpt2, cl100k_base, o200k_base
+    val_fraction: float = 0.05  # documents held out (sources under 20 documents: last share of tokens)
+    cache: str = ""  # folder of the tokenised shards; '' = inside the run directory
+    shuffle: bool = True  # shuffled windows; False = corpus order
+
+    def __post_init__(self) -> None:
+        _require(0 < self.val_fraction < 1, f"data.val_fraction={self.val_fraction} must be between 0 and 1")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, its schedule and what is added to the loss."""
+
+    lr: float = 3e-4  # peak learning rate
+    min_lr: float = 3e-5  # learning rate at the end of the decay
+    warmup_steps: int = 100  # linear warmup: step s (from 0) has lr (s+1)/warmup_steps
+    decay_steps: int = 0  # steps until min_lr; 0 = train.steps of the first start
+    schedule: Literal["cosine", "constant"] = "cosine"  # shape of the learning rate after the warmup
+    b1: float = 0.9  # decay of the first moment
+    b2: float = 0.95  # decay of the second moment
+    eps: float = 1e-8  # added to the root of the second moment
+    weight_decay: float = 0.1  # decoupled, times the learning rate
+    decay: Literal["matrices", "matrices_and_embeddings"] = "matrices"  # what weight decay touches; never norms and biases
+    clip_norm: float = 1.0  # largest gradient norm; 0 = no clipping
+    z_loss_coef: float = 0.0  # weight of mean(logsumexp(logits)^2)
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, f"optim.lr={self.lr} must be positive")
+        _require(0 <= self.min_lr <= self.lr, f"optim.min_lr={self.min_lr} must be between 0 and lr={self.lr}")
+        _require(0 <= self.b1 < 1 and 0 <= self.b2 < 1, f"optim.b1={self.b1}, b2={self.b2} must be in [0, 1)")
+        _require(self.eps > 0, f"optim.eps={self.eps} must be positive")
+        for name in ("warmup_steps", "decay_steps", "weight_decay", "clip_norm", "z_loss_coef"):
+            _require(getattr(self, name) >= 0, f"optim.{name}={getattr(self, name)} must not be negative")
+        if self.schedule == "cosine" and self.decay_steps:
+            _require(
+                self.warmup_steps <= self.decay_steps,
+                f"optim.warmup_steps={self.warmup_steps} must not exceed decay_steps={self.decay_steps}",
+            )
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices per axis; `fsdp=4,expert=2` on the command line. The batch is split over data, fsdp and expert."""
+
+    data: int = 1  # copies of the model, each with its own share of the batch
+    fsdp: int = 1  # batch and parameters split together
+    tensor: int = 1  # heads, ffn and vocabulary split
+    expert: int = 1  # experts split
+
+    def __post_init__(self) -> None:
+        for name, size in dataclasses.asdict(self).items():
+            _require(size >= 1, f"mesh axis {name}={size} must be at least 1")
+
+    @property
+    def size(self) -> int:
+        """Devices the mesh needs."""
+        return self.data * self.fsdp * self.tensor * self.expert
+
+    @classmethod
+    def parse(cls, text: str) -> "MeshConfig":
+        """`fsdp=4,expert=2` -> MeshConfig(fsdp=4, expert=2). Raises ConfigError on anything else."""
+        sizes: dict[str, int] = {}
+        names = [f.name for f in dataclasses.fields(cls)]
+        for part in filter(None, (p.strip() for p in text.split(","))):
+            name, _, size = part.partition("=")
+            _require(name in names, f"mesh axis {name!r} in {text!r} is unknown; axes are {', '.join(names)}")
+            _require(name not in sizes, f"mesh axis {name!r} stands twice in {text!r}")
+            _require(size.isdigit(), f"mesh {text!r}: {part!r} is not of the form axis=count")
+            sizes[name] = int(size)
+        return cls(**sizes)
+
+    def __str__(self) -> str:
+        return ",".join(f"{k}={v}" for k, v in dataclasses.asdict(self).items() if v > 1) or "data=1"
+
+
+Dtype = Literal["float32", "bfloat16", "float64"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop: how much, how often, in which precision."""
+
+    steps: int = 1000  # optimizer steps
+    batch_size: int = 8  # sequences per optimizer step, over all devices
+    seq_len: int = 256  # T, tokens per sequence
+    accumulation: int = 1  # micro-batches an optimizer step is split into
+    dtype: Dtype = "float32"  # of the computation
+    param_dtype: Dtype = "float32"  # of the master weights and moments
+    remat: Literal["none", "block"] = "none"  # block = recompute each block in the backward pass
+    seed: int = 0  # of initialisation, data order and dropout
+    log_every: int = 10  # steps between lines of metrics.jsonl
+    eval_every: int = 0  # steps between validations; 0 = a tenth of the steps
+    eval_batches: int = 20  # batches of a validation
+    save_every: int = 0  # steps between checkpoints; 0 = with every validation
+    keep: int = 2  # newest checkpoints kept, beside the best
+    plots: bool = True  # draw plots/*.png at checkpoints
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "seq_len", "accumulation", "log_every", "eval_batches", "keep"):
+            _require(getattr(self, name) > 0, f"train.{name}={getattr(self, name)} must be positive")
+        for name in ("eval_every", "save_every", "seed"):
+            _require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)} must not be negative")
+        _require(
+            self.batch_size % self.accumulation == 0,
+            f"train.batch_size={self.batch_size} must be a multiple of accumulation={self.accumulation}",
+        )
+
+    @property
+    def eval_interval(self) -> int:
+        """Steps between validations."""
+        return self.eval_every or max(1, self.steps // 10)
+
+    @property
+    def save_interval(self) -> int:
+        """Steps between checkpoints."""
+        return self.save_every or self.eval_interval
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run; what `config.json` of a run directory holds."""
+
+    model: ModelConfig  # the decoder
+    data: DataConfig = field(default_factory=DataConfig)  # where tokens come from
+    optim: OptimConfig = field(default_factory=OptimConfig)  # optimizer and schedule
+    train: TrainConfig = field(default_factory=TrainConfig)  # the loop
+    mesh: MeshConfig = field(default_factory=MeshConfig)  # devices per axis, for example fsdp=4,expert=2
+
+    def __post_init__(self) -> None:
+        _require(
+            self.train.seq_len <= self.model.context,
+            f"train.seq_len={self.train.seq_len} must not exceed model.context={self.model.context}",
+        )
+        micro = self.train.batch_size // self.train.accumulation
+        ways = self.mesh.data * self.mesh.fsdp * self.mesh.expert
+        _require(
+            micro % ways == 0,
+            f"train.batch_size/accumulation={micro} must be a multiple of the mesh's data*fsdp*expert={ways}",
+        )
+        if self.mesh.expert > 1:
+            _require(
+                self.model.moe.n_experts > 0 and self.model.moe.n_experts % self.mesh.expert == 0,
+                f"moe.n_experts={self.model.moe.n_experts} must be a multiple of mesh expert={self.mesh.expert}",
+            )
+        _require(
+            self.model.n_kv_heads % self.mesh.tensor == 0,
+            f"n_kv_heads={self.model.n_kv_heads} must be a multiple of mesh tensor={self.mesh.tensor}",
+        )
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """` (did you mean 'x'?)` for the known name closest to `name`, or ''."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain JSON types."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(cls: type[C], values: dict[str, Any], path: str = "") -> C:
+    """The inverse of `to_dict`. Raises ConfigError on unknown, missing or mistyped keys, named by their path."""
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        _require(key in fields, f"unknown config key {path + key!r}{nearest(key, fields)}")
+    for name, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        _require(name in values or not required, f"config key {path + name!r} is missing")
+    return cls(**{key: _coerce(hints[key], value, path + key) for key, value in values.items()})
+
+
+def _coerce(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        _require(isinstance(value, dict), f"config key {path!r} must be an object, got {value!r}")
+        return from_dict(hint, value, path + ".")  # type: ignore[arg-type]
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        _require(value in args, f"{path}={value!r} must be one of {', '.join(map(str, args))}{nearest(str(value), args)}")
+        return value
+    if origin is tuple:
+        _require(isinstance(value, (list, tuple)), f"{path}={value!r} must be a list")
+        return tuple(_coerce(args[0], v, path) for v in value)
+    if origin in (Union, types.UnionType):
+        return None if value is None else _coerce(next(a for a in args if a is not type(None)), value, path)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    _require(
+        isinstance(value, hint) and not (hint is int and isinstance(value, bool)),
+        f"{path}={value!r} must be of type {hint.__name__}",
+    )
+    return value
+
+
+def load(cls: type[C], path: Path) -> C:
+    """Reads a config file. Raises ConfigError with the file's name."""
+    try:
+        return from_dict(cls, json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, ConfigError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def save(config: Any, path: Path) -> None:
+    """Writes a config file."""
+    Path(path).write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,117 @@
+"""The training loss. Twin: torchref/loss.py.
+
+    total = CE + z_loss_coef * Z + balance_coef * balance + router_z_coef * router_z
+
+CE and Z are means over the tokens that carry loss; the head is applied chunk by chunk along T, so that the logits of
+all tokens never exist at once. Under accumulation CE, Z and router_z are sums over the global count, which makes them
+equal to the full batch; the balance loss is a product of means, taken per micro-batch and averaged.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxlm.config import ModelConfig
+from jaxlm.layers import upcast
+from jaxlm.moe import balance_loss, router_z_sum
+from jaxlm.shapes import Bool, Float, Int
+
+CHUNK_LOGITS = 2**26  # logits of one chunk: 256 MB in float32
+
+
+class TokenLoss(NamedTuple):
+    """Sums over tokens, weighted by the loss mask."""
+
+    cross_entropy: Float[Array, ""]
+    z: Float[Array, ""]
+
+
+class Terms(NamedTuple):
+    """The parts of the loss, uncoefficiented, and their weighted total."""
+
+    total: Float[Array, ""]
+    cross_entropy: Float[Array, ""]
+    z: Float[Array, ""]
+    balance: Float[Array, ""]
+    router_z: Float[Array, ""]
+
+
+class Counts(NamedTuple):
+    """What the sums are divided by: loss-carrying tokens and valid tokens of the whole batch, and micro-batches."""
+
+    loss_tokens: Float[Array, ""]
+    valid_tokens: Float[Array, ""]
+    microbatches: int
+
+
+def token_loss(
+    hidden: Float[Array, "B T D"],
+    weight: Float[Array, "D V"],
+    bias: Float[Array, " V"] | None,
+    targets: Int[Array, "B T"],
+    mask: Float[Array, "B T"],
+) -> TokenLoss:
+    """Cross-entropy in nats and logsumexp^2, summed over tokens with weight `mask`; logits upcast.
+
+    Source of the z term: PaLM, arXiv:2204.02311, section 5.
+    """
+    B, T, _ = hidden.shape
+    logits = hidden @ weight.astype(hidden.dtype)
+    wide = upcast(logits if bias is None else logits + bias.astype(hidden.dtype))
+    log_z = jax.nn.logsumexp(wide, axis=-1)
+    # A masked sum instead of a gather: its gradient needs no scatter.
+    hit = jax.lax.broadcasted_iota(jnp.int32, wide.shape, 2) == targets[..., None]
+    target_logit = jnp.sum(jnp.where(hit, wide, 0), axis=-1)
+    mask = mask.astype(wide.dtype)
+    return TokenLoss(jnp.sum((log_z - target_logit) * mask), jnp.sum(log_z**2 * mask))
+
+
+def chunked_token_loss(
+    hidden: Float[Array, "B T D"],
+    weight: Float[Array, "D V"],
+    bias: Float[Array, " V"] | None,
+    targets: Int[Array, "B T"],
+    mask: Float[Array, "B T"],
+    chunk_logits: int = CHUNK_LOGITS,
+) -> TokenLoss:
+    """`token_loss` over chunks of T, logits recomputed in the backward pass; one chunk where all logits are small."""
+    B, T, D = hidden.shape
+    chunks = next(n for n in range(1, T + 1) if T % n == 0 and B * T // n * weight.shape[1] <= chunk_logits or n == T)
+    if chunks == 1:
+        return token_loss(hidden, weight, bias, targets, mask)
+
+    def split(x: Array) -> Array:
+        return jnp.moveaxis(x.reshape(B, chunks, T // chunks, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def body(total: TokenLoss, chunk: tuple[Array, Array, Array]) -> tuple[TokenLoss, None]:
+        x, y, m = chunk
+        return TokenLoss(*(a + b for a, b in zip(total, token_loss(x, weight, bias, y, m), strict=True))), None
+
+    zero = jnp.zeros((), jnp.promote_types(hidden.dtype, jnp.float32))
+    total, _ = jax.lax.scan(body, TokenLoss(zero, zero), (split(hidden), split(targets), split(mask)))
+    return total
+
+
+def total_loss(
+    config: ModelConfig,
+    z_loss_coef: float,
+    tokens: TokenLoss,
+    acts: dict[str, Array],
+    valid: Bool[Array, "B T"],
+    counts: Counts,
+) -> Terms:
+    """All terms of one micro-batch, such that their sums over the micro-batches are the batch's."""
+    moe, layers = config.moe, [i for i in range(config.n_layers) if config.is_moe(i)]
+    cross_entropy, z = tokens.cross_entropy / counts.loss_tokens, tokens.z / counts.loss_tokens
+    total = cross_entropy + z_loss_coef * z
+    balance = router_z = jnp.zeros_like(total)
+    if layers:
+        logits = [acts[f"blocks.{i}.moe.router_logits"] for i in layers]
+        ids = [acts[f"blocks.{i}.moe.expert_ids"] for i in layers]
+        balance = balance_loss(moe.balance, logits, ids, valid) / counts.microbatches
+        router_z = router_z_sum(logits, valid) / counts.valid_tokens
+        total = total + moe.balance_coef * balance + moe.router_z_coef * router_z
+    return Terms(total, cross_entropy, z, balance, router_z)

@@ -42,10 +42,10 @@ def to_jax(config: ModelConfig, flat: Flat) -> Flat:
     return convert(pairs(config), flat, inverse=True)
 
 
-def build_torch(config: ModelConfig, params: Params | Flat, backends: Backends = Backends()) -> Decoder:  # noqa: B008
+def build_torch(config: ModelConfig, params: Params | Flat, backends: Backends = Backends()) -> Decoder:
     """The torch twin of jaxlm parameters, in their dtype."""
     with torch.device("meta"):
-        model = Decoder(config, backends, rngs=None, dtype=torch.float32)  # type: ignore[arg-type]
+        model = Decoder(config, backends, rngs=None, dtype=torch.float32)
     load_torch(model, to_torch(config, from_jax(params)))
     return model
 

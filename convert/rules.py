@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxlm.config import InputError
 
-class ConversionError(ValueError):
+
+class ConversionError(InputError):
     """Names every tensor that could not be converted, one line each."""
 
 

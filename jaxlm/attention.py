@@ -16,7 +16,17 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxlm.config import ModelConfig
-from jaxlm.layers import Backends, Linear, RMSNorm, apply_rope, dropout, init_std, make_param, split_key, upcast
+from jaxlm.layers import (
+    Backends,
+    Linear,
+    RMSNorm,
+    apply_rope,
+    dropout,
+    init_std,
+    make_param,
+    split_key,
+    upcast,
+)
 from jaxlm.shapes import Bool, Float, Int
 from jaxlm.sharding import BATCH_AXES, constrain, current_mesh_shape
 

@@ -1,14 +1,17 @@
 """Everything a run can be told, as frozen dataclasses: no jax, no torch, JSON in and out.
 
-The trailing comment of a field is its help text on the command line. Combinations that cannot work are refused here,
-with both numbers in the message, before anything is built or written.
+The trailing comment of a field is its help text on the command line. Combinations that cannot work are
+refused here, with both numbers in the message, before anything is built or written.
 """
 
 import dataclasses
 import difflib
 import json
+import math
+import re
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
@@ -16,13 +19,25 @@ from typing import Any, Literal, TypeVar, Union
 C = TypeVar("C")
 
 
-class ConfigError(ValueError):
+class InputError(ValueError):
+    """Bad input of any kind: the message says what was wrong and what to do; entry points exit with 2."""
+
+
+class ConfigError(InputError):
     """A configuration that cannot work; the message is one line that says what to change."""
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def _require_finite(config: Any, prefix: str = "") -> None:
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        _require(
+            not isinstance(value, float) or math.isfinite(value), f"{prefix}{f.name}={value} must be finite"
+        )
 
 
 @dataclass(frozen=True)
@@ -39,24 +54,29 @@ class RopeScaling:
     attention_factor: float = 0.0  # yarn: multiplier of cos and sin; 0 = 0.1 ln(factor) + 1 (the paper's)
 
     def __post_init__(self) -> None:
+        _require_finite(self, "rope_scaling.")
         _require(self.factor > 0, f"rope_scaling.factor={self.factor} must be positive")
         if self.kind == "none":
             _require(self.factor == 1.0, f"rope_scaling.factor={self.factor} has no effect with kind='none'")
         if self.kind in ("llama3", "yarn"):
             _require(
                 self.original_context > 0,
-                f"rope_scaling.original_context={self.original_context} must be positive for kind={self.kind!r}",
+                f"rope_scaling.original_context={self.original_context} must be > 0 for kind={self.kind!r}",
             )
         if self.kind == "llama3":
             _require(
-                self.low_freq_factor < self.high_freq_factor,
-                f"rope_scaling.low_freq_factor={self.low_freq_factor} must be below "
+                0 < self.low_freq_factor < self.high_freq_factor,
+                f"rope_scaling.low_freq_factor={self.low_freq_factor} must be positive and below "
                 f"high_freq_factor={self.high_freq_factor}",
             )
         if self.kind == "yarn":
             _require(
-                self.beta_slow < self.beta_fast,
-                f"rope_scaling.beta_slow={self.beta_slow} must be below beta_fast={self.beta_fast}",
+                0 < self.beta_slow < self.beta_fast,
+                f"rope_scaling.beta_slow={self.beta_slow} must be in (0, beta_fast={self.beta_fast})",
+            )
+            _require(
+                self.attention_factor >= 0,
+                f"rope_scaling.attention_factor={self.attention_factor} must not be negative (0 = automatic)",
             )
 
 
@@ -72,7 +92,9 @@ class MoEConfig:
     d_ff: int = 0  # F of one expert; 0 = the model's d_ff
     pattern: tuple[bool, ...] = (True,)  # layer i is MoE if pattern[i mod len]; the rest are dense
     renormalize: bool = True  # make the A chosen router probabilities sum to one
-    capacity_factor: float = 0.0  # 0 = dropless; else an expert keeps its first int(this * tokens / E) tokens in training
+    capacity_factor: float = (
+        0.0  # 0 = dropless; else experts keep their first int(this * tokens / E) in training
+    )
     balance: BalanceReduction = "mixtral"  # reduction of the balance loss; formulas in jaxlm/moe.py
     balance_coef: float = 0.01  # weight of the balance loss
     router_z_coef: float = 0.0  # weight of mean(logsumexp(router logits)^2), summed over layers
@@ -81,6 +103,7 @@ class MoEConfig:
     shared_gate: bool = False  # multiply the shared expert by sigmoid(x w)
 
     def __post_init__(self) -> None:
+        _require_finite(self, "moe.")
         _require(self.n_experts >= 0, f"moe.n_experts={self.n_experts} must not be negative")
         if self.n_experts == 0:
             return
@@ -89,8 +112,12 @@ class MoEConfig:
             f"moe.n_active={self.n_active} must be between 1 and n_experts={self.n_experts}",
         )
         _require(len(self.pattern) > 0, "moe.pattern is empty; it needs at least one of True, False")
-        _require(any(self.pattern), f"moe.pattern={self.pattern} has no MoE layer but n_experts={self.n_experts}")
-        _require(self.capacity_factor >= 0, f"moe.capacity_factor={self.capacity_factor} must not be negative")
+        _require(
+            any(self.pattern), f"moe.pattern={self.pattern} has no MoE layer but n_experts={self.n_experts}"
+        )
+        _require(
+            self.capacity_factor >= 0, f"moe.capacity_factor={self.capacity_factor} must not be negative"
+        )
         _require(self.balance_coef >= 0, f"moe.balance_coef={self.balance_coef} must not be negative")
         _require(self.router_z_coef >= 0, f"moe.router_z_coef={self.router_z_coef} must not be negative")
         _require(self.d_ff >= 0, f"moe.d_ff={self.d_ff} must not be negative")
@@ -127,17 +154,29 @@ class ModelConfig:
     tied: bool = False  # head = embedding transposed
     windows: tuple[int, ...] = (0,)  # layer i sees the last windows[i mod len] positions; 0 = all
     dropout: float = 0.0  # on embeddings, attention probabilities and the MLP's hidden layer
-    init: Literal["normal", "fan_in"] = "normal"  # normal: init_std, residual outputs / sqrt(2L); fan_in: 1/sqrt(fan_in)
+    init: Literal["normal", "fan_in"] = (
+        "normal"  # std init_std, residual outputs / sqrt(2L); or 1/sqrt(fan_in)
+    )
     init_std: float = 0.02  # standard deviation under init='normal'
     moe: MoEConfig = field(default_factory=MoEConfig)  # mixture of experts
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "context"):
+        _require_finite(self)
+        for name in (
+            "vocab_size",
+            "d_model",
+            "n_layers",
+            "n_heads",
+            "n_kv_heads",
+            "head_dim",
+            "d_ff",
+            "context",
+        ):
             value = getattr(self, name)
             _require(value > 0, f"{name}={value} must be positive")
         _require(
             self.n_heads % self.n_kv_heads == 0,
-            f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads} (grouped-query attention)",
+            f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}",
         )
         _require(self.norm_eps > 0, f"norm_eps={self.norm_eps} must be positive")
         _require(0 <= self.dropout < 1, f"dropout={self.dropout} must be in [0, 1)")
@@ -145,6 +184,10 @@ class ModelConfig:
         if self.position == "rope":
             _require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even for position='rope'")
             _require(self.rope_theta > 0, f"rope_theta={self.rope_theta} must be positive")
+            _require(
+                self.rope_theta > 1 or self.rope_scaling.kind != "yarn",
+                f"rope_theta={self.rope_theta} must exceed 1 for rope_scaling.kind={self.rope_scaling.kind!r}",
+            )
         else:
             _require(
                 self.rope_scaling.kind == "none",
@@ -171,9 +214,9 @@ class ModelConfig:
 class DataConfig:
     """Where tokens come from."""
 
-    path: str = ""  # text, jsonl or parquet file, or a directory of them; '' = the interpreter's standard library
+    path: str = ""  # text, jsonl or parquet file, or a folder of them; '' = Python's standard library
     column: str = "text"  # key of the text in jsonl and parquet
-    tokenizer: str = "train"  # train = byte-level BPE on the corpus; a tokenizer.json; or gpt2, cl100k_base, o200k_base
+    tokenizer: str = "train"  # train = BPE on the corpus; a tokenizer.json; gpt2, cl100k_base, o200k_base
     val_fraction: float = 0.05  # documents held out (sources under 20 documents: last share of tokens)
     cache: str = ""  # folder of the tokenised shards; '' = inside the run directory
     shuffle: bool = True  # shuffled windows; False = corpus order
@@ -195,13 +238,16 @@ class OptimConfig:
     b2: float = 0.95  # decay of the second moment
     eps: float = 1e-8  # added to the root of the second moment
     weight_decay: float = 0.1  # decoupled, times the learning rate
-    decay: Literal["matrices", "matrices_and_embeddings"] = "matrices"  # what weight decay touches; never norms and biases
+    decay: Literal["matrices", "matrices_and_embeddings"] = "matrices"  # never norms and biases
     clip_norm: float = 1.0  # largest gradient norm; 0 = no clipping
     z_loss_coef: float = 0.0  # weight of mean(logsumexp(logits)^2)
 
     def __post_init__(self) -> None:
+        _require_finite(self, "optim.")
         _require(self.lr > 0, f"optim.lr={self.lr} must be positive")
-        _require(0 <= self.min_lr <= self.lr, f"optim.min_lr={self.min_lr} must be between 0 and lr={self.lr}")
+        _require(
+            0 <= self.min_lr <= self.lr, f"optim.min_lr={self.min_lr} must be between 0 and lr={self.lr}"
+        )
         _require(0 <= self.b1 < 1 and 0 <= self.b2 < 1, f"optim.b1={self.b1}, b2={self.b2} must be in [0, 1)")
         _require(self.eps > 0, f"optim.eps={self.eps} must be positive")
         for name in ("warmup_steps", "decay_steps", "weight_decay", "clip_norm", "z_loss_coef"):
@@ -215,7 +261,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices per axis; `fsdp=4,expert=2` on the command line. The batch is split over data, fsdp and expert."""
+    """Devices per axis; `fsdp=4,expert=2` on the command line. The batch is split over all but tensor."""
 
     data: int = 1  # copies of the model, each with its own share of the batch
     fsdp: int = 1  # batch and parameters split together
@@ -240,7 +286,10 @@ class MeshConfig:
             name, _, size = part.partition("=")
             _require(name in names, f"mesh axis {name!r} in {text!r} is unknown; axes are {', '.join(names)}")
             _require(name not in sizes, f"mesh axis {name!r} stands twice in {text!r}")
-            _require(size.isdigit(), f"mesh {text!r}: {part!r} is not of the form axis=count")
+            _require(
+                re.fullmatch("[0-9]{1,9}", size) is not None,
+                f"mesh {text!r}: {part!r} is not of the form axis=count",
+            )
             sizes[name] = int(size)
         return cls(**sizes)
 
@@ -263,7 +312,7 @@ class TrainConfig:
     param_dtype: Dtype = "float32"  # of the master weights and moments
     remat: Literal["none", "block"] = "none"  # block = recompute each block in the backward pass
     seed: int = 0  # of initialisation, data order and dropout
-    log_every: int = 10  # steps between lines of metrics.jsonl
+    log_every: int = 1  # steps between lines of metrics.jsonl
     eval_every: int = 0  # steps between validations; 0 = a tenth of the steps
     eval_batches: int = 20  # batches of a validation
     save_every: int = 0  # steps between checkpoints; 0 = with every validation
@@ -315,7 +364,7 @@ class RunConfig:
         if self.mesh.expert > 1:
             _require(
                 self.model.moe.n_experts > 0 and self.model.moe.n_experts % self.mesh.expert == 0,
-                f"moe.n_experts={self.model.moe.n_experts} must be a multiple of mesh expert={self.mesh.expert}",
+                f"moe.n_experts={self.model.moe.n_experts} must be divisible by mesh expert={self.mesh.expert}",
             )
         _require(
             self.model.n_kv_heads % self.mesh.tensor == 0,
@@ -323,7 +372,7 @@ class RunConfig:
         )
 
 
-def nearest(name: str, known: typing.Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the known name closest to `name`, or ''."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
@@ -334,8 +383,13 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def from_dict(cls: type[C], values: dict[str, Any], path: str = "") -> C:
-    """The inverse of `to_dict`. Raises ConfigError on unknown, missing or mistyped keys, named by their path."""
+def from_dict(cls: type[C], values: Any, path: str = "") -> C:
+    """The inverse of `to_dict`, for anything that JSON may hold.
+
+    Raises ConfigError on unknown, missing or mistyped keys, named by their path.
+    """
+    where = f"config key {path[:-1]!r}" if path else "the config"
+    _require(isinstance(values, dict), f"{where} must be an object, got {values!r}")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in values:
@@ -348,11 +402,13 @@ def from_dict(cls: type[C], values: dict[str, Any], path: str = "") -> C:
 
 def _coerce(hint: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint):
-        _require(isinstance(value, dict), f"config key {path!r} must be an object, got {value!r}")
         return from_dict(hint, value, path + ".")  # type: ignore[arg-type]
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
-        _require(value in args, f"{path}={value!r} must be one of {', '.join(map(str, args))}{nearest(str(value), args)}")
+        _require(
+            value in args,
+            f"{path}={value!r} must be one of {', '.join(map(str, args))}{nearest(str(value), args)}",
+        )
         return value
     if origin is tuple:
         _require(isinstance(value, (list, tuple)), f"{path}={value!r} must be a list")
@@ -360,6 +416,7 @@ def _coerce(hint: Any, value: Any, path: str) -> Any:
     if origin in (Union, types.UnionType):
         return None if value is None else _coerce(next(a for a in args if a is not type(None)), value, path)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        _require(abs(value) < 2**1023, f"{path} must be finite, got an integer of {value.bit_length()} bits")
         return float(value)
     _require(
         isinstance(value, hint) and not (hint is int and isinstance(value, bool)),
@@ -372,7 +429,11 @@ def load(cls: type[C], path: Path) -> C:
     """Reads a config file. Raises ConfigError with the file's name."""
     try:
         return from_dict(cls, json.loads(Path(path).read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, ConfigError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply for a config") from None
+    except ValueError as error:  # not UTF-8, not JSON, or refused by the config itself
         raise ConfigError(f"{path}: {error}") from None
 
 

@@ -78,7 +78,7 @@ def chunked_token_loss(
 ) -> TokenLoss:
     """`token_loss` over chunks of T, logits recomputed in the backward pass; one chunk where all logits are small."""
     B, T, D = hidden.shape
-    chunks = next(n for n in range(1, T + 1) if T % n == 0 and B * T // n * weight.shape[1] <= chunk_logits or n == T)
+    chunks = next(n for n in range(1, T + 1) if (T % n == 0 and B * T // n * weight.shape[1] <= chunk_logits) or n == T)
     if chunks == 1:
         return token_loss(hidden, weight, bias, targets, mask)
 

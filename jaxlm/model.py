@@ -68,7 +68,7 @@ class Decoder(nnx.Module):
     def __init__(
         self,
         config: ModelConfig,
-        backends: Backends = Backends(),  # noqa: B008  (an immutable tuple)
+        backends: Backends = Backends(),
         *,
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.float32,
@@ -218,7 +218,7 @@ class Abstract(NamedTuple):
 
 def abstract_model(
     config: ModelConfig,
-    backends: Backends = Backends(),  # noqa: B008
+    backends: Backends = Backends(),
     dtype: DTypeLike = jnp.float32,
     remat: str = "none",
 ) -> Abstract:

@@ -108,7 +108,7 @@ def batch_counts(batch: Batch, microbatches: int) -> Counts:
     return Counts(jnp.maximum(jnp.sum(batch["loss_mask"]), 1), jnp.maximum(jnp.asarray(valid), 1), microbatches)
 
 
-def make_gradient_fn(run: RunConfig, backends: Backends = Backends()) -> Callable[..., tuple[Params, dict[str, Array]]]:  # noqa: B008
+def make_gradient_fn(run: RunConfig, backends: Backends = Backends()) -> Callable[..., tuple[Params, dict[str, Array]]]:
     """(params, batch, key) -> gradients and metrics of the whole batch, accumulated over micro-batches."""
     graphdef = abstract_model(run.model, backends, remat=run.train.remat).graphdef
     dtype, M = jnp.dtype(run.train.dtype), run.train.accumulation
@@ -146,7 +146,7 @@ def make_gradient_fn(run: RunConfig, backends: Backends = Backends()) -> Callabl
 def make_train_step(
     run: RunConfig,
     mesh: Mesh | None = None,
-    backends: Backends = Backends(),  # noqa: B008
+    backends: Backends = Backends(),
 ) -> Callable[[TrainState, Batch, Scalars], tuple[TrainState, dict[str, Array]]]:
     """The jitted step. With a mesh, call it under `jax.set_mesh(mesh)`, the batch placed by `place_batch`."""
     gradients, optimizer = make_gradient_fn(run, backends), make_optimizer(run.optim)
@@ -166,7 +166,7 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
 
 
-def make_eval_step(run: RunConfig, backends: Backends = Backends()) -> Callable[[Params, Batch], dict[str, Array]]:  # noqa: B008
+def make_eval_step(run: RunConfig, backends: Backends = Backends()) -> Callable[[Params, Batch], dict[str, Array]]:
     """(params, batch) -> summed cross-entropy and loss-carrying tokens of one batch, nothing dropped, no dropout."""
     graphdef = abstract_model(run.model, backends).graphdef
 

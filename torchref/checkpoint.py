@@ -8,14 +8,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from jaxlm.config import ConfigError, ModelConfig, load, save
+from jaxlm.config import ConfigError, InputError, ModelConfig, load, save
 from torchref.layers import Backends
 from torchref.model import Decoder
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A checkpoint that cannot be read; the message is one line with the file's name."""
 
 
@@ -28,7 +28,7 @@ def save_model(model: Decoder, directory: Path) -> None:
     save(model.config, directory / CONFIG)
 
 
-def load_model(directory: Path, backends: Backends = Backends(), device: str = "cpu") -> Decoder:  # noqa: B008
+def load_model(directory: Path, backends: Backends = Backends(), device: str = "cpu") -> Decoder:
     """Reads a model in the dtype it was saved in. Raises CheckpointError on a missing, damaged or misfitting file."""
     directory = Path(directory)
     try:

@@ -27,7 +27,7 @@ def upcast(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def make_param(shape: tuple[int, ...], std: float, rngs: torch.Generator, dtype: torch.dtype) -> nn.Parameter:
+def make_param(shape: tuple[int, ...], std: float, rngs: torch.Generator | None, dtype: torch.dtype) -> nn.Parameter:
     """A weight with its initial standard deviation (normal distribution, untruncated)."""
     value = torch.randn(shape, generator=rngs, dtype=dtype) * std if std else torch.zeros(shape, dtype=dtype)
     return nn.Parameter(value)
@@ -64,7 +64,7 @@ class RMSNorm(nn.Module):
 class Linear(nn.Module):
     """x @ weight.T (+ bias), weight [n_out, n_in]."""
 
-    def __init__(self, n_in: int, n_out: int, *, bias: bool, std: float, rngs: torch.Generator, dtype: torch.dtype):
+    def __init__(self, n_in: int, n_out: int, *, bias: bool, std: float, rngs: torch.Generator | None, dtype: torch.dtype):
         super().__init__()
         self.weight = make_param((n_out, n_in), std, rngs, dtype)
         self.bias = make_param((n_out,), 0.0, rngs, dtype) if bias else None
@@ -76,7 +76,7 @@ class Linear(nn.Module):
 class Embed(nn.Module):
     """Rows of weight [n, D], looked up by id."""
 
-    def __init__(self, n: int, dim: int, *, std: float, rngs: torch.Generator, dtype: torch.dtype):
+    def __init__(self, n: int, dim: int, *, std: float, rngs: torch.Generator | None, dtype: torch.dtype):
         super().__init__()
         self.weight = make_param((n, dim), std, rngs, dtype)
 
@@ -117,7 +117,7 @@ def activate(kind: str, gate: Tensor, up: Tensor | None) -> Tensor:
 class MLP(nn.Module):
     """Dense feed-forward layer: swiglu has gate, up and down projections, gelu only up and down."""
 
-    def __init__(self, config: ModelConfig, d_ff: int, *, rngs: torch.Generator, dtype: torch.dtype):
+    def __init__(self, config: ModelConfig, d_ff: int, *, rngs: torch.Generator | None, dtype: torch.dtype):
         super().__init__()
         dim, bias = config.d_model, config.mlp_bias
         std = init_std(config, dim)

@@ -22,7 +22,7 @@ class Block(nn.Module):
     """Pre-norm attention and feed-forward, each added to the residual stream."""
 
     def __init__(
-        self, config: ModelConfig, layer: int, backends: Backends, *, rngs: torch.Generator, dtype: torch.dtype
+        self, config: ModelConfig, layer: int, backends: Backends, *, rngs: torch.Generator | None, dtype: torch.dtype
     ):
         super().__init__()
         self.attn_norm = RMSNorm(config.d_model, config.norm_eps, dtype=dtype)
@@ -62,9 +62,9 @@ class Decoder(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        backends: Backends = Backends(),  # noqa: B008  (an immutable tuple)
+        backends: Backends = Backends(),
         *,
-        rngs: torch.Generator,
+        rngs: torch.Generator | None,
         dtype: torch.dtype = torch.float32,
         remat: str = "none",
     ):

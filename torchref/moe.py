@@ -109,7 +109,7 @@ def router_z_sum(logits: list[Tensor], valid: Bool[Tensor, "B T"]) -> Float[Tens
 class Experts(nn.Module):
     """E expert MLPs, weights stacked over E: gate_up [E, 2F, D] ([gate | up]) or up [E, F, D], down [E, D, F]."""
 
-    def __init__(self, config: ModelConfig, backends: Backends, *, rngs: torch.Generator, dtype: torch.dtype):
+    def __init__(self, config: ModelConfig, backends: Backends, *, rngs: torch.Generator | None, dtype: torch.dtype):
         super().__init__()
         E, D, F_, bias = config.moe.n_experts, config.d_model, config.expert_d_ff, config.moe.expert_bias
         gated = config.mlp == "swiglu"
@@ -151,7 +151,7 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """Router, experts and an optional shared expert that every token passes through."""
 
-    def __init__(self, config: ModelConfig, backends: Backends, *, rngs: torch.Generator, dtype: torch.dtype):
+    def __init__(self, config: ModelConfig, backends: Backends, *, rngs: torch.Generator | None, dtype: torch.dtype):
         super().__init__()
         D, moe = config.d_model, config.moe
         std = init_std(config, D)

@@ -39,7 +39,7 @@ def cast_params(params: Params, dtype: torch.dtype) -> Params:
     return {k: v if k.endswith(KEPT_WIDE) else v.to(dtype) for k, v in params.items()}
 
 
-def init_state(run: RunConfig, device: torch.device | str = "cpu", backends: Backends = Backends()) -> TrainState:  # noqa: B008
+def init_state(run: RunConfig, device: torch.device | str = "cpu", backends: Backends = Backends()) -> TrainState:
     """A fresh state from the run's seed."""
     generator = torch.Generator().manual_seed(run.train.seed)
     dtype = getattr(torch, run.train.param_dtype)

@@ -1,0 +1,59 @@
+# Every target that needs an environment makes .venv first and installs into it; a second call finds it ready.
+#
+#   PYTHON     interpreter that .venv is made from, at least 3.11 (for `gpu`: the one that runs the check)
+#   PIP_ARGS   options for pip. On Linux a plain `pip install torch` brings gigabytes of CUDA libraries that nothing
+#              here needs: the GPU work is jax's, PyTorch is the reference on the CPU. To have its CPU wheel, download it
+#              and pass PIP_ARGS="--find-links DIR", or name the index that holds it: PIP_ARGS="--extra-index-url URL".
+#   PYTEST_ARGS   options for pytest, for example PYTEST_ARGS="-k rope -x"
+#   PYTEST_JOBS   test processes side by side
+#   OUT        where `gpu` writes its report
+
+PYTHON ?= python3
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+PYTEST_JOBS ?= 2
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
+NEEDS := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench gpu
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+
+demo: $(VENV)/.demo ## train a small model, prove it in PyTorch, sample from it: runs/quickstart
+	@$(BIN)/python -m experiments.quickstart
+
+test: $(VENV)/.dev ## the test suite
+	@$(BIN)/python -m pytest -n $(PYTEST_JOBS) --dist loadfile --timeout 300 $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev ## ruff, its formatter and pyright
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: $(VENV)/.dev ## the measurements
+	@$(BIN)/python -m pytest -m bench -s -p no:xdist $(PYTEST_ARGS)
+
+gpu: ## the checks that need a CUDA device, with the packages that PYTHON already has
+	@$(PYTHON) -m experiments.gpu_check $(if $(OUT),--out $(OUT))
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
+	    f"jaxlm needs Python 3.11 or newer, $(PYTHON) is {sys.version.split()[0]}: make PYTHON=python3.11 ...")'
+	@echo "making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+
+# What the demo needs is part of what the tests need: an environment for the tests serves the demo too.
+$(VENV)/.demo: $(NEEDS) | $(BIN)/python
+	@echo "installing jaxlm, PyTorch and matplotlib into $(VENV) (minutes, once)"
+	@$(PIP) -e '.[torch,plots]'
+	@touch $@
+
+$(VENV)/.dev: $(NEEDS) | $(BIN)/python
+	@echo "installing jaxlm and its development tools into $(VENV) (minutes, once)"
+	@$(PIP) -e '.[dev]'
+	@touch $@ $(VENV)/.demo

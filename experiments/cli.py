@@ -1,0 +1,128 @@
+"""What the entry points share: options from dataclasses (tyro), one-line errors, exit codes.
+
+Exit codes: 0 done; 1 a check failed; 2 bad input (one line on standard error); 130 interrupted.
+"""
+
+import contextlib
+import errno
+import io
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+
+from jaxlm.config import ConfigError, InputError, MeshConfig, RunConfig, nearest
+from jaxlm.presets import PRESETS, preset
+
+A = TypeVar("A")
+
+
+def say(text: str) -> None:
+    """A line for the person at the terminal; standard output belongs to results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def main_guard(main: Callable[[list[str]], int | None]) -> None:
+    """Runs an entry point and exits: bad input is one line and 2, an interrupt 130."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        sys.exit(main(sys.argv[1:]) or 0)
+    except InputError as error:
+        fail(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        fail(f"{error.filename or 'output'}: {error.strerror}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def fail(message: str) -> None:
+    """Prints one line and exits with 2."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Options of the entry points that train."""
+
+    run: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]  # the run
+    run_dir: str = ""  # where everything is written; '' = runs/PRESET
+    resume: bool = False  # continue from the newest checkpoint of the run directory, or start fresh if there is none
+    framework: Literal["jax", "torch"] = "jax"  # torch trains the twin on the same batches
+    preset: Annotated[str, tyro.conf.Suppress] = field(default="")
+
+
+def parse_run(argv: list[str], prog: str, description: str, default: str | None = None) -> RunOptions:
+    """`PRESET --model.n-layers 2 …` -> options. A preset is required unless there is a default."""
+    names = ", ".join(PRESETS)
+    wants_help = bool({"-h", "--help"} & set(argv))
+    if argv and not argv[0].startswith("-"):
+        name, argv = argv[0], argv[1:]
+    elif default or wants_help:
+        name = default or "quickstart"
+    else:
+        raise ConfigError(f"name a preset first: {prog} PRESET …; presets are {names}")
+    run = preset(name)
+    about = f"{description}\n\nPRESET is one of {names}.\nDefaults shown below are those of {name}."
+    options = parse(RunOptions, argv, f"{prog} {'[PRESET]' if default else 'PRESET'}", about, RunOptions(run, preset=name))
+    return options
+
+
+def parse(kind: type[A], argv: list[str], prog: str, description: str, default: A | None = None) -> A:
+    """tyro on a dataclass; --help prints and exits 0, everything wrong is one line. Raises ConfigError."""
+    captured = io.StringIO()
+    keywords: dict[str, Any] = {} if default is None else {"default": default}
+    wants_help = bool({"-h", "--help"} & set(argv))
+    try:
+        with contextlib.ExitStack() as stack:
+            if not wants_help:
+                stack.enter_context(contextlib.redirect_stderr(captured))
+                stack.enter_context(contextlib.redirect_stdout(captured))
+            return tyro.cli(
+                kind, args=argv, prog=prog, description=description, registry=_registry(), config=_CONFIG, **keywords
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise ConfigError(_one_line(captured.getvalue())) from None
+
+
+_CONFIG = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff)
+
+
+def _registry() -> tyro.constructors.ConstructorRegistry:
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def mesh(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
+        if info.type is not MeshConfig:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="AXIS=N,…",
+            instance_from_str=lambda words: MeshConfig.parse(words[0]),
+            is_instance=lambda value: isinstance(value, MeshConfig),
+            str_from_instance=lambda value: [str(value)],
+        )
+
+    return registry
+
+
+def _one_line(text: str) -> str:
+    """tyro's box as one line: the message, and the nearest option where it knows one."""
+    lines = [re.sub(r"^[│╭╰][─ ]?|[│╮╯]$", "", line).strip() for line in text.splitlines()]
+    rule = [i for i, line in enumerate(lines) if set(line) <= {"─"} and line]
+    body = [line for line in lines[1 : rule[0] if rule else None] if line and not set(line) <= {"─", "╯"}]
+    message = " ".join(body) or "the command line could not be read"
+    message = re.sub(r"^Error parsing ([\w.-]+): ", lambda m: "" if m[1].startswith("run") else f"{m[1]}: ", message)
+    suggestions = [m[0] for line in lines if (m := re.match(r"--[\w.-]+", line))]
+    unknown = re.findall(r"--[\w.-]+", message) if message.startswith("Unrecognized") else []
+    if unknown:
+        message = f"unknown option {unknown[0]}" + (nearest(unknown[0], suggestions) if suggestions else "") + "; see --help"
+    return message

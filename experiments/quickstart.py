@@ -1,0 +1,94 @@
+"""The whole way in one command: train a mixture-of-experts decoder on real text, sample, export, prove.
+
+    python -m experiments.quickstart                 # what `make demo` runs; about five minutes on two CPU cores
+    python -m experiments.quickstart quickstart-dense --train.steps 100
+
+Trains a tokenizer and the model on the default corpus (the Python standard library), prints training and validation
+loss beside two baselines, two samples, and the float64 agreement of logits, loss and every gradient between JAX and
+PyTorch. Everything is written to runs/quickstart; an older run there is moved aside, never overwritten.
+"""
+
+import itertools
+import json
+import math
+import shutil
+from pathlib import Path
+
+from convert.tree import from_jax
+from experiments.cli import main_guard, parse_run, say
+from experiments.export import export_and_prove
+from experiments.pretrain import Trained, pretrain
+from jaxlm.config import ConfigError
+from jaxlm.data.baselines import bigram_loss, gzip_bits_per_byte
+from jaxlm.run_dir import move_aside
+
+PROMPTS = ("def ", "import ")
+
+
+def main(argv: list[str]) -> int:
+    """Entry point; exit code 1 when the model loses against the bigram table or the frameworks disagree."""
+    options = parse_run(argv, "python -m experiments.quickstart", __doc__ or "", default="quickstart")
+    if options.framework != "jax":
+        raise ConfigError("quickstart compares both frameworks and trains in JAX; use experiments.pretrain for torch")
+    path = Path(options.run_dir or f"runs/{options.preset}")
+    if path.exists() and not options.resume:
+        say(f"{path} is kept as {move_aside(path)}")
+    trained = pretrain(options)
+    if trained.result.stopped_by:
+        return 0
+    beaten = compare_with_baselines(trained)
+    print_samples(trained)
+    agreement = export_and_prove(trained.run.model, from_jax(trained.engine.params), path / "torchref")
+    shutil.copyfile(path / "tokenizer.json", path / "torchref" / "tokenizer.json")
+    print("\n" + "\n".join(agreement.lines()))
+    print(f"\neverything is in {path}: metrics.jsonl, plots/, checkpoints/, samples.txt, torchref/")
+    return 0 if beaten and agreement.passed else 1
+
+
+def compare_with_baselines(trained: Trained) -> bool:
+    """Prints losses beside a bigram table on the same tokens and gzip; True when the model beats the table."""
+    run, data, result = trained.run, trained.data, trained.result
+    seen = min(len(data.train), result.step * run.train.batch_size * run.train.seq_len)
+    say("counting bigrams for the baseline")
+    bigram = bigram_loss(data.train, data.val, run.model.vocab_size, seen)
+    text = data.tokenizer.decode_bytes(data.val[0 : len(data.val)])
+    bytes_per_token = len(text) / len(data.val)
+    bits = 1 / math.log(2) / bytes_per_token
+    gzip = gzip_bits_per_byte(text)
+    (trained.directory.path / "baselines.json").write_text(json.dumps({"bigram": bigram}) + "\n", encoding="utf-8")
+    rows = [
+        ("training loss (last step)", result.loss),
+        ("validation loss", result.val_loss),
+        (f"smoothed bigram table on the same {seen:,} tokens", bigram),
+    ]
+    print(f"\n{result.step * run.train.batch_size * run.train.seq_len:,} tokens seen   nats per token   bits per byte")
+    for name, nats in rows:
+        print(f"  {name:<52} {nats:8.4f} {nats * bits:12.4f}")
+    print(f"  {'gzip -9 of the validation text (shown, not a target)':<52} {'':8} {gzip:12.4f}")
+    beaten = result.val_loss < bigram
+    print(f"  the model {'beats' if beaten else 'DOES NOT BEAT'} the bigram table by {bigram - result.val_loss:+.4f} nats per token")
+    if run.train.plots:
+        from jaxlm.plots import plot_run
+
+        plot_run(trained.directory.path)
+    return beaten
+
+
+def print_samples(trained: Trained) -> None:
+    """Two continuations, printed and kept in samples.txt."""
+    from jaxlm.generate import Sampling, generate
+    from jaxlm.model import Split, abstract_model
+
+    tokenizer, model = trained.data.tokenizer, trained.run.model
+    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
+    settings = Sampling(temperature=0.8, top_k=40, seed=trained.run.train.seed, max_new_tokens=64)
+    split = Split(abstract_model(model).graphdef, trained.engine.params)
+    answers = generate(split, prompts, settings)
+    texts = [tokenizer.decode(list(itertools.chain(p, a))) for p, a in zip(prompts, answers, strict=True)]
+    body = "\n".join(f"--- {prompt!r}, temperature 0.8, top-k 40\n{text}" for prompt, text in zip(PROMPTS, texts, strict=True))
+    print(f"\n{body}")
+    (trained.directory.path / "samples.txt").write_text(body + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main_guard(main)

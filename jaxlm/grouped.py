@@ -1,0 +1,348 @@
+"""Dropless expert MLPs: every token through the experts its router chose, and only through those.
+
+Three backends compute the same function:
+
+    loop     every expert over every token, masked: E/A times the work, plainly right, the oracle of the tests
+    blocks   CPU: one expert after the other, over tiles of its own tokens
+    batched  GPU: batched products over equal tiles, each with a gathered copy of its expert's weights
+
+The last two share a layout. The P*A assignments (token p, choice a) are sorted by expert and each expert's
+group is padded to whole tiles, so that a tile belongs to one expert:
+
+    slot        0 1 2 3 | 4 5 6 7 | 8 9 . . | 12 . . .      (tile = 4, . = padding)
+    expert            0 |       0 |       0 |        2      (nobody chose expert 1: it has no tile)
+    assignment  0 3 4 6 | 7 8 a b | d f     | 5             (index into [P, A] flattened)
+
+Buffers have the fixed size of the worst routing, but loops end with the last tile in use: skewed routing,
+empty experts and experts of other devices cost no product. Dispatch gathers rows by `Layout.assignment`,
+combine gathers them by its inverse `Layout.slot`, and the hand-written gradient swaps the two, so that a
+scatter-add (slow on CPU, slow and unordered on a GPU) never occurs. It keeps the hidden pre-activations of
+the forward pass, and is itself not differentiable.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxlm.shapes import Float, Int
+
+Activation = Literal["swiglu", "gelu_erf", "gelu_tanh"]
+Backend = Literal["auto", "loop", "blocks", "batched"]
+
+CPU_TILES = (512, 128, 32, 8)  # rows; large tiles keep the cores busy, small ones pad less
+GPU_TILES = (256, 64, 16)
+GPU_CHUNK = 16  # tiles of one batched product; bounds the gathered weights and the gradients per tile
+
+
+class ExpertWeights(NamedTuple):
+    """The MLPs of E experts. U, the width of `up`, is 2F with the gate half first (swiglu) or F (gelu)."""
+
+    up: Array  # [E, D, U]
+    up_bias: Array | None  # [E, U]
+    down: Array  # [E, F, D]
+    down_bias: Array | None  # [E, D]
+
+
+class Layout(NamedTuple):
+    """Where each assignment stands in the S padded slots, S a multiple of the tile; see the picture above."""
+
+    assignment: Array  # int32 [S], index into [P*A]; arbitrary in padding
+    filled: Array  # bool [S], False in padding
+    slot: Array  # int32 [P, A], inverse of `assignment`; 0 where not local
+    local: Array  # bool [P, A], the expert is one of ours
+    start: Array  # int32 [E], first slot of each group
+    rows: Array  # int32 [E], slots of each group, padding included
+    owner: Array  # int32 [S / tile], expert of each tile; arbitrary behind the last group
+
+
+class _Plan(NamedTuple):
+    """What is fixed at trace time."""
+
+    backend: Literal["blocks", "batched"]
+    activation: Activation
+    rate: float  # of dropout
+    tiles: tuple[int, ...]  # rows, descending, each a multiple of the next
+
+
+def expert_mlp(
+    x: Float[Array, "P D"],
+    weights: ExpertWeights,
+    ids: Int[Array, "P A"],
+    combine: Float[Array, "P A"],
+    *,
+    activation: Activation,
+    backend: Backend = "auto",
+    hidden_dropout: tuple[Array, float] | None = None,
+    tiles: tuple[int, ...] | None = None,
+) -> Float[Array, "P D"]:
+    """sum_a combine[p, a] * MLP_{ids[p, a]}(x[p]): [P, D] in x's dtype, accumulated in at least float32.
+
+    An id outside [0, E) is nobody's here: it contributes exactly zero to the result and to every gradient.
+    `hidden_dropout` is the key and rate of dropout on the hidden layer, drawn per assignment, hence the same for
+    all backends. `auto` looks at the default device; name the backend when compiling for another one. `tiles`
+    overrides the tile sizes in rows, descending, each a multiple of the next; `batched` takes one.
+
+    Raises ValueError on an unknown activation or backend, and on widths, dtypes or tiles that do not fit.
+    """
+    _check(x, weights, ids, activation, backend, tiles)
+    if backend == "auto":
+        backend = "blocks" if jax.default_backend() == "cpu" else "batched"
+    key, rate = hidden_dropout or (None, 0.0)
+    keep = jax.random.bernoulli(key, 1 - rate, (*ids.shape, weights.down.shape[1])) if rate > 0 else None
+    if backend == "loop":
+        return _loop(x, weights, ids, combine, keep, activation, rate)
+    if tiles is None:
+        sizes, count = (CPU_TILES, 3) if backend == "blocks" else (GPU_TILES, 1)
+        # Under two rows per expert, as in decoding, a product per row reads no more weights and pads nothing.
+        tiles = tuple(t for t in sizes if t * weights.up.shape[0] <= 4 * ids.size)[:count] or (1,)
+    inputs = _vary_alike((x, weights, ids, combine, keep))
+    return _grouped(_Plan(backend, activation, rate, tiles), *inputs)
+
+
+def _check(
+    x: Array, weights: ExpertWeights, ids: Array, activation: str, backend: str, tiles: tuple[int, ...] | None
+) -> None:
+    for name, value, known in (("activation", activation, Activation), ("backend", backend, Backend)):
+        if value not in get_args(known):
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(get_args(known))}")
+    f, width = weights.down.shape[1], weights.up.shape[2]
+    if width != (2 * f if activation == "swiglu" else f):
+        raise ValueError(
+            f"up is {width} wide, which does not suit F={f} of down with activation={activation!r}"
+        )
+    for w in jax.tree.leaves(weights):
+        if w.dtype != x.dtype:
+            raise ValueError(f"expert weights are {w.dtype} but x is {x.dtype}: cast one of them")
+    if (len(weights.up) + 1) * ids.size >= 2**31:
+        raise ValueError(
+            f"{ids.size} assignments to {len(weights.up)} experts overflow 32-bit keys: use smaller batches"
+        )
+    too_many = backend == "batched" and len(tiles or ()) > 1
+    if tiles is not None and (not tiles or too_many or any(a % b for a, b in itertools.pairwise(tiles))):
+        raise ValueError(f"tiles={tiles} must be descending, each a multiple of the next; one for batched")
+
+
+def _vary_alike(arrays: Any) -> Any:
+    """Inside shard_map, marks the arrays as varying over the union of their axes; gradients are summed."""
+
+    def varying(a: Array) -> frozenset[str]:
+        return jax.typeof(a).manual_axis_type.varying
+
+    axes = functools.reduce(frozenset.union, map(varying, jax.tree.leaves(arrays)))
+
+    def mark(a: Array) -> Array:
+        missing = tuple(sorted(axes - varying(a)))
+        return lax.pcast(a, missing, to="varying") if missing else a
+
+    return jax.tree.map(mark, arrays)
+
+
+def _accumulator(dtype: Any) -> Any:
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _hidden(h: Array, keep: Array | None, activation: Activation, rate: float) -> Array:
+    """Activation and dropout: h [..., U] -> [..., F]."""
+    if activation == "swiglu":
+        gate, up = jnp.split(h, 2, axis=-1)
+        out = jax.nn.silu(gate) * up
+    else:
+        out = jax.nn.gelu(h, approximate=activation == "gelu_tanh")
+    return out if keep is None else jnp.where(keep, out / (1 - rate), 0)
+
+
+def _loop(
+    x: Array,
+    weights: ExpertWeights,
+    ids: Array,
+    combine: Array,
+    keep: Array | None,
+    activation: Activation,
+    rate: float,
+) -> Array:
+    acc = _accumulator(x.dtype)
+    out = jnp.zeros(x.shape, acc)
+    for e in range(weights.up.shape[0]):
+        up, up_bias, down, down_bias = jax.tree.map(lambda w, e=e: w[e].astype(acc), weights)
+        h = x.astype(acc) @ up + (0 if up_bias is None else up_bias[None])
+        for a in range(ids.shape[1]):
+            y = _hidden(h, None if keep is None else keep[:, a], activation, rate) @ down
+            y = y + (0 if down_bias is None else down_bias[None])
+            out += jnp.where(ids[:, a] == e, combine[:, a], 0).astype(acc)[:, None] * y
+    return out.astype(x.dtype)
+
+
+def sort_by_expert(ids: Array, n_experts: int, tile: int, chunk: int = 1) -> Layout:
+    """The layout of ids [P, A] in tiles of `tile` rows; more than `chunk` tiles are filled up to whole chunks."""
+    count = ids.size
+    local = (ids >= 0) & (ids < n_experts)
+    expert = jnp.where(local, ids, n_experts).reshape(-1).astype(jnp.int32)  # [P*A]
+    # The index in the low digits makes the keys distinct: one array to sort, in a third of the time of pairs.
+    order = lax.sort(expert * count + jnp.arange(count, dtype=jnp.int32), is_stable=False) % count
+    mine = jax.nn.one_hot(expert, n_experts, dtype=jnp.int32)  # [P*A, E]
+    running = jnp.cumsum(mine, axis=0)
+    size = running[-1]
+    first = jnp.cumsum(size) - size  # in `order`, [E]
+    n_tiles = -(-size // tile)
+    last_tile = jnp.cumsum(n_tiles)
+    start = (last_tile - n_tiles) * tile
+    # The most tiles there can be: a group that is not empty pads at most tile - 1 rows.
+    bound = (count + min(n_experts, count) * (tile - 1)) // tile
+    bound = bound if bound <= chunk else -(-bound // chunk) * chunk
+    owner = jnp.searchsorted(last_tile, jnp.arange(bound), side="right", method="compare_all")
+    owner = jnp.minimum(owner, n_experts - 1).astype(jnp.int32)
+    rank = jnp.arange(bound * tile).reshape(bound, tile) - start[owner][:, None]
+    filled = rank < size[owner][:, None]
+    assignment = order[jnp.clip(first[owner][:, None] + rank, 0, count - 1)]
+    slot = (mine * (running - 1 + start[None])).sum(-1).reshape(ids.shape)
+    return Layout(assignment.reshape(-1), filled.reshape(-1), slot, local, start, n_tiles * tile, owner)
+
+
+# A tile's work: (first slot, number of slots, its expert's weights) -> (results per slot, weight gradient).
+Work = Callable[[Array, int, ExpertWeights], tuple[tuple[Array, ...], ExpertWeights | None]]
+Rows = tuple[Array, ...]  # buffers of S rows
+
+
+def _run_blocks(
+    work: Work, plan: _Plan, layout: Layout, weights: ExpertWeights, rows: Rows, train: bool
+) -> Any:
+    """Runs `work` expert by expert: one copy of an expert's weights serves all its tiles, and their gradient
+    adds up in place before it is written once. Returns the filled rows and, if `train`, the gradient."""
+    acc, n_experts = _accumulator(weights.up.dtype), weights.up.shape[0]
+    index = jnp.arange(n_experts, dtype=jnp.int32)
+    busy = lax.sort(jnp.where(layout.rows > 0, index, index + n_experts), is_stable=False) % n_experts
+
+    def one_expert(i: Array, carry: Any) -> Any:
+        rows, total = carry
+        e = busy[i]
+        # Also for bfloat16, whose transposed products are several times slower than float32's on CPU.
+        own = jax.tree.map(lambda w: w[e].astype(acc), weights)
+        grads = jax.tree.map(jnp.zeros_like, own) if train else None
+        start, left = layout.start[e], layout.rows[e]
+        for tile in (t for t in plan.tiles if t <= layout.filled.size):
+
+            def one_tile(j: Array, carry: Any, tile: int = tile, start: Array = start) -> Any:
+                rows, grads = carry
+                at = start + j * tile
+                new, more = work(at, tile, own)
+                return _write(rows, new, at), jax.tree.map(jnp.add, grads, more)
+
+            rows, grads = lax.fori_loop(0, left // tile, one_tile, (rows, grads))
+            start, left = start + left // tile * tile, left % tile
+        write = functools.partial(lax.dynamic_update_index_in_dim, index=e, axis=0)
+        return rows, jax.tree.map(lambda t, g: write(t, g.astype(t.dtype)), total, grads)
+
+    total = jax.tree.map(jnp.zeros_like, weights) if train else None
+    return lax.fori_loop(0, (layout.rows > 0).sum(), one_expert, (rows, total))
+
+
+def _run_batched(
+    work: Work, plan: _Plan, layout: Layout, weights: ExpertWeights, rows: Rows, train: bool
+) -> Any:
+    """Runs `work` on chunks of tiles at once; the gradients of a chunk's tiles are summed by expert in a
+    product with a one-hot matrix, which has a fixed order. Returns what `_run_blocks` does."""
+    acc, n_experts = _accumulator(weights.up.dtype), weights.up.shape[0]
+    tile = plan.tiles[-1]
+    chunk = min(GPU_CHUNK, layout.owner.size)
+
+    def one_chunk(i: Array, carry: Any) -> Any:
+        rows, total = carry
+        at = (i * chunk + jnp.arange(chunk, dtype=jnp.int32)) * tile
+        owner = lax.dynamic_slice_in_dim(layout.owner, i * chunk, chunk)
+        new, grads = jax.vmap(lambda at, own: work(at, tile, own))(
+            at, jax.tree.map(lambda w: w[owner], weights)
+        )
+        onehot = jax.nn.one_hot(owner, n_experts, dtype=acc, axis=0)
+        add = functools.partial(jnp.tensordot, onehot, axes=1, precision="highest")
+        new = tuple(n.reshape(-1, *n.shape[2:]) for n in new)
+        return _write(rows, new, at[0]), jax.tree.map(lambda t, g: t + add(g), total, grads)
+
+    total = jax.tree.map(lambda w: jnp.zeros_like(w, dtype=acc), weights) if train else None
+    chunks = -(-layout.rows.sum() // (chunk * tile))
+    rows, total = lax.fori_loop(0, chunks, one_chunk, (rows, total))
+    return rows, jax.tree.map(lambda t, w: t.astype(w.dtype), total, weights) if train else None
+
+
+def _write(rows: Rows, new: Rows, at: Array) -> Rows:
+    write = functools.partial(lax.dynamic_update_slice_in_dim, start_index=at, axis=0)
+    return tuple(write(r, n.astype(r.dtype)) for r, n in zip(rows, new, strict=True))
+
+
+_RUN = {"blocks": _run_blocks, "batched": _run_batched}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped(
+    plan: _Plan, x: Array, weights: ExpertWeights, ids: Array, combine: Array, keep: Array | None
+) -> Array:
+    return _forward(plan, x, weights, ids, combine, keep)[0]
+
+
+def _forward(
+    plan: _Plan, x: Array, weights: ExpertWeights, ids: Array, combine: Array, keep: Array | None
+) -> tuple[Array, Any]:
+    acc, n_active = _accumulator(x.dtype), ids.shape[1]
+    chunk = GPU_CHUNK if plan.backend == "batched" else 1
+    layout = sort_by_expert(ids, weights.up.shape[0], plan.tiles[-1], chunk)
+
+    def work(at: Array, n: int, own: ExpertWeights) -> Any:
+        a = lax.dynamic_slice_in_dim(layout.assignment, at, n)
+        rows = x[a // n_active].astype(own.up.dtype)
+        h = jnp.einsum("pd,du->pu", rows, own.up, preferred_element_type=acc)
+        h = h if own.up_bias is None else h + own.up_bias[None]
+        hidden = _hidden(h, _mask(keep, a), plan.activation, plan.rate).astype(own.down.dtype)
+        y = jnp.einsum("pf,fd->pd", hidden, own.down, preferred_element_type=acc)
+        return (h, y if own.down_bias is None else y + own.down_bias[None]), None
+
+    buffers = tuple(
+        jnp.zeros_like(x, shape=(layout.filled.size, w)) for w in (weights.up.shape[2], x.shape[1])
+    )
+    (h, y), _ = _RUN[plan.backend](work, plan, layout, weights, buffers, False)
+    y = jnp.where(layout.local[..., None], combine.astype(acc)[..., None] * y[layout.slot].astype(acc), 0)
+    return y.sum(1).astype(x.dtype), (x, weights, combine, keep, layout, h)
+
+
+def _backward(plan: _Plan, saved: Any, dy: Array) -> Any:
+    x, weights, combine, keep, layout, h = saved
+    acc, n_active = _accumulator(x.dtype), combine.shape[1]
+    # Padding has weight zero: whatever rows it holds, they add nothing to the gradients of the weights.
+    share = jnp.where(layout.filled, combine.reshape(-1)[layout.assignment].astype(acc), 0)
+
+    def work(at: Array, n: int, own: ExpertWeights) -> Any:
+        a, c, pre = (lax.dynamic_slice_in_dim(v, at, n) for v in (layout.assignment, share, h))
+        dtype, c = own.up.dtype, c[:, None]
+        activate = functools.partial(_hidden, keep=_mask(keep, a), activation=plan.activation, rate=plan.rate)
+        hidden, pull = jax.vjp(activate, pre.astype(acc))
+        d_out = dy[a // n_active].astype(dtype)  # of c * y, hence of y it is c * d_out
+        d_hidden = jnp.einsum("pd,fd->pf", d_out, own.down, preferred_element_type=acc)
+        d_c = (d_hidden * hidden).sum(-1)
+        d_y = c * d_out
+        (d_h,) = pull(c * d_hidden)
+        d_rows = jnp.einsum("pu,du->pd", d_h.astype(dtype), own.up, preferred_element_type=acc)
+        rows = x[a // n_active].astype(dtype)
+        d_up = jnp.einsum("pd,pu->du", rows, d_h.astype(dtype), preferred_element_type=acc)
+        d_down = jnp.einsum("pf,pd->fd", hidden.astype(dtype), d_y.astype(dtype), preferred_element_type=acc)
+        if own.down_bias is not None:
+            d_c += d_out.astype(acc) @ own.down_bias.astype(acc)
+        d_up_bias = None if own.up_bias is None else d_h.sum(0)
+        d_down_bias = None if own.down_bias is None else d_y.sum(0)
+        return (d_rows, d_c), ExpertWeights(d_up, d_up_bias, d_down, d_down_bias)
+
+    n_slots = layout.filled.size
+    buffers = (jnp.zeros_like(x, shape=(n_slots, x.shape[1])), jnp.zeros_like(x, shape=(n_slots,), dtype=acc))
+    (d_rows, d_c), d_weights = _RUN[plan.backend](work, plan, layout, weights, buffers, True)
+    dx = jnp.where(layout.local[..., None], d_rows[layout.slot].astype(acc), 0).sum(1).astype(x.dtype)
+    d_combine = jnp.where(layout.local, d_c[layout.slot], 0).astype(combine.dtype)
+    return dx, d_weights, None, d_combine, None
+
+
+def _mask(keep: Array | None, assignment: Array) -> Array | None:
+    return None if keep is None else keep.reshape(-1, keep.shape[-1])[assignment]
+
+
+_grouped.defvjp(_forward, _backward)

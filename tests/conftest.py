@@ -1,0 +1,157 @@
+"""What every test runs under: eight fake CPU devices, executed shape annotations, no network.
+
+    JAXLM_TEST_GPU=1 pytest -m gpu    on the real devices instead
+    pytest -m bench                   as a user's program would run: real devices, all threads, unchecked shapes
+
+The environment is set before jax is first imported, and subprocesses of a test inherit it. Where an optional library
+is missing (PyTorch on a machine for jaxlm alone), files that import it are left out, and said so.
+"""
+
+import ast
+import functools
+import importlib.util
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+DEVICES = 8
+# Imports that may be missing -> the distribution's module that decides whether they work.
+OPTIONAL = {
+    "torch": "torch",
+    "torchref": "torch",
+    "convert": "torch",
+    "experiments": "tyro",
+    "transformers": "transformers",
+    "tyro": "tyro",
+    "grain": "grain",
+    "hypothesis": "hypothesis",
+    "mpmath": "mpmath",
+    "matplotlib": "matplotlib",
+    "pyarrow": "pyarrow",
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Sets the environment of jax, PyTorch and the quiet libraries; must run before any of them is imported."""
+    assert "jax" not in sys.modules, "jax was imported before the tests could ask for fake devices"
+    os.environ.update(
+        HF_HUB_OFFLINE="1", WANDB_MODE="disabled", MPLBACKEND="Agg", TOKENIZERS_PARALLELISM="false"
+    )
+    _refuse_network()
+    if config.option.markexpr == "bench":
+        return
+    if os.environ.get("JAXLM_TEST_GPU") != "1":
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={DEVICES}".strip()
+    os.environ["OMP_NUM_THREADS"] = "1"  # PyTorch's threads: test processes run side by side on few cores
+    if importlib.util.find_spec("jaxtyping") and importlib.util.find_spec("beartype"):
+        import jaxtyping
+
+        # Not ours alone to close: the hook has to stay for as long as test files are imported.
+        jaxtyping.install_import_hook(["jaxlm", "torchref"], "beartype.beartype")
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leaves out test files whose imports cannot be had here."""
+    return True if _missing(collection_path) else None
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Says which files were left out, so that a thin run is not taken for a whole one."""
+    for path in sorted(Path(__file__).parent.rglob("test_*.py")):
+        if missing := _missing(path):
+            terminalreporter.write_line(f"left out {path.name}: {', '.join(missing)} not installed")
+
+
+def _missing(path: Path) -> list[str]:
+    if path.suffix != ".py" or not path.name.startswith("test_"):
+        return []
+    return sorted({OPTIONAL[root] for root in _imported_roots(path) if not _importable(OPTIONAL[root])})
+
+
+def _imported_roots(path: Path) -> set[str]:
+    roots: set[str] = set()
+    try:
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+    except SyntaxError:  # pytest's own import of the file will say where
+        return roots
+    for node in body:
+        if isinstance(node, ast.Import):
+            roots.update(alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            roots.add(node.module.partition(".")[0])
+    return roots & OPTIONAL.keys()
+
+
+@functools.cache
+def _importable(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _refuse_network() -> None:
+    """Makes every connection to another machine, and every look-up of its name, raise.
+
+    Subprocesses are out of reach of this; the offline variables above are what keeps them at home.
+    """
+
+    def guarded(call):
+        def connect(sock: socket.socket, address: Any) -> Any:
+            if sock.family != getattr(socket, "AF_UNIX", None) and not _is_loopback(str(address[0])):
+                raise PermissionError(f"a test tried to reach {address}; tests use no network")
+            return call(sock, address)
+
+        return connect
+
+    def getaddrinfo(host: Any, *args: Any, **kwargs: Any) -> Any:
+        name = host.decode() if isinstance(host, bytes) else host
+        if name and not _is_loopback(name) and name not in ("0.0.0.0", "::", socket.gethostname()):
+            raise PermissionError(f"a test tried to look up {name!r}; tests use no network")
+        return look_up(host, *args, **kwargs)
+
+    look_up = socket.getaddrinfo
+    socket.getaddrinfo = getaddrinfo
+    socket.socket.connect = guarded(socket.socket.connect)
+    socket.socket.connect_ex = guarded(socket.socket.connect_ex)
+
+
+def _is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """float64 inside jax for one test, so that all-float64 runs can be compared to rounding."""
+    import jax
+
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def strict_dtypes() -> Iterator[None]:
+    """Any implicit dtype promotion raises; for our layers only, since stock optax promotes its step count."""
+    import jax
+
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture
+def strict_ranks() -> Iterator[None]:
+    """[T] + [B, T] raises, scalars still broadcast; not everywhere, since norms and biases are [D] by design."""
+    import jax
+
+    with jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """Where a run may write; not made yet."""
+    return tmp_path / "runs" / "test"

@@ -1,0 +1,169 @@
+"""Decoding in both frameworks: the same cache, the same choices, the same refusals."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from helpers import QUICK, V, random_params, relative_error, tiny  # noqa: E402
+from tolerances import tolerance  # noqa: E402
+
+import jaxlm.generate  # noqa: E402
+import torchref.generate  # noqa: E402
+from convert.native import build_torch  # noqa: E402
+from jaxlm.config import ConfigError, ModelConfig, RopeScaling  # noqa: E402
+from jaxlm.model import Split, abstract_model  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+STEPS = 5
+LINEAR = RopeScaling("linear", factor=3.0)
+LLAMA3 = RopeScaling("llama3", factor=8.0, original_context=16, low_freq_factor=1.5, high_freq_factor=5.0)
+YARN = RopeScaling("yarn", factor=4.0, original_context=8)
+CASES: dict[str, ModelConfig] = {
+    "dense-linear": tiny(init="fan_in", rope_scaling=LINEAR),
+    "tied-llama3": tiny(init="fan_in", tied=True, head_bias=True, qk_norm=True, rope_scaling=LLAMA3),
+    "moe-windows-yarn": tiny({"capacity_factor": 0.5}, init="fan_in", windows=(4, 0), rope_scaling=YARN),
+    "learned-bias-table": tiny(init="fan_in", position="learned", attn_bias_table=True, mlp="gelu_erf"),
+}
+TWINS = tiny({"pattern": (True, False)}, init="fan_in", windows=(0, 5))
+PROMPTS = [[7, 3, 60, 22, 5, 11, 40, 2, 9], [1], [30, 31, 32, 33], [8, 8, 8, 8]]  # three lengths, four rows
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick() -> Iterator[None]:
+    """Compiles the tiny models without optimising them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK))
+        yield
+
+
+@pytest.fixture(scope="module")
+def twins() -> tuple[Split, Any]:
+    """One float32 model in both frameworks."""
+    params = random_params(TWINS, dtype=np.float32)
+    model = Split(
+        abstract_model(TWINS).graphdef, {path: jnp.asarray(value) for path, value in params.items()}
+    )
+    return model, build_torch(TWINS, params)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("name", CASES)
+def test_torch_cached_decoding_is_the_full_forward(name: str, dtype: str) -> None:
+    """Prefill and steps with a cache against one forward without, at every new position of unequal rows."""
+    config = CASES[name]
+    model = build_torch(config, random_params(config, dtype=np.dtype(dtype)))
+    rng = np.random.default_rng(1)
+    lengths = (7, 7, 7) if config.attn_bias_table else (11, 3, 7)
+    prompts = [rng.integers(0, V, n).tolist() for n in lengths]
+    rest = torch.from_numpy(rng.integers(0, V, (STEPS, len(prompts))))
+    logits, state = torchref.generate.prefill(model, prompts, max(lengths) + STEPS)
+    made = [logits]
+    for tokens in rest:
+        logits, state = torchref.generate.decode_step(model, tokens, state)
+        made.append(logits)
+    limit = tolerance("f64_decode" if dtype == "float64" else "f32_decode")
+    for row, prompt in enumerate(prompts):
+        ids = torch.tensor([prompt + rest[:, row].tolist()])
+        full = model(ids)[0][0, len(prompt) - 1 :].detach()
+        assert relative_error(torch.stack([x[row] for x in made]), full) < limit
+
+
+def test_greedy_answers_are_equal(twins: tuple[Split, Any]) -> None:
+    """Token for token, and greedy in torch is the argmax of the full forward."""
+    model, decoder = twins
+    ours = jaxlm.generate.generate(model, PROMPTS, jaxlm.generate.Sampling(16, temperature=0.0))
+    theirs = torchref.generate.generate(decoder, PROMPTS, torchref.generate.Sampling(16, temperature=0.0))
+    assert ours == theirs
+    assert len({token for row in ours for token in row}) > 10, "an answer that repeats itself proves little"
+    for prompt, answer in zip(PROMPTS, theirs):
+        best = decoder(torch.tensor([prompt + answer]))[0][0].argmax(-1)
+        assert answer == best[len(prompt) - 1 : -1].tolist()
+
+
+def test_answers_under_shared_noise_are_equal(twins: tuple[Split, Any]) -> None:
+    """With one source of Gumbel noise, sampling is a function of the logits: token for token, top-k and stop too."""
+    model, decoder = twins
+    noise = np.random.default_rng(5).gumbel(size=(16, len(PROMPTS), V)).astype(np.float32)
+    facts = {"max_new_tokens": 16, "temperature": 0.9, "top_k": 12, "stop": (17, 4)}
+    ours = jaxlm.generate.generate(model, PROMPTS, jaxlm.generate.Sampling(**facts), jnp.asarray(noise))
+    sampling = torchref.generate.Sampling(**facts)
+    assert ours == torchref.generate.generate(decoder, PROMPTS, sampling, torch.from_numpy(noise))
+    assert (
+        list(torchref.generate.stream(decoder, PROMPTS[0], sampling, torch.from_numpy(noise[:, :1])))
+        == ours[0]
+    )
+
+
+def test_a_torch_seed_reproduces_and_rows_do_not_mix(twins: tuple[Split, Any]) -> None:
+    """An answer depends on prompt, seed and row only; `stream` gives the same ids."""
+    decoder = twins[1]
+    settings = torchref.generate.Sampling(16, temperature=1.0, seed=3)
+    answers = torchref.generate.generate(decoder, PROMPTS, settings)
+    assert torchref.generate.generate(decoder, PROMPTS, settings) == answers
+    assert torchref.generate.generate(decoder, [PROMPTS[0], [5]], settings)[0] == answers[0]
+    assert list(torchref.generate.stream(decoder, PROMPTS[0], settings)) == answers[0]
+    assert torchref.generate.generate(decoder, PROMPTS, torchref.generate.Sampling(16, seed=4)) != answers
+
+
+def test_torch_noise_is_gumbel() -> None:
+    """Mean and variance of standard Gumbel noise: Euler's constant and pi^2/6."""
+    noise = torchref.generate.gumbel(0, 1, range(20), 2_000, torch.float64)
+    error = noise.var().sqrt() / noise.numel() ** 0.5
+    assert abs(noise.mean() - np.euler_gamma) < tolerance("sigmas") * error
+    assert (
+        abs(noise.var() - np.pi**2 / 6) < tolerance("sigmas") * 4.4**0.5 * noise.var() / noise.numel() ** 0.5
+    )
+    assert len({tuple(row[:3].tolist()) for row in noise}) == 20
+
+
+def test_choose_breaks_ties_alike() -> None:
+    """The lowest id among exactly equal logits, and all that tie with the k-th stay in."""
+    logits = np.array([[1.0, 3.0, 3.0, 3.0], [0.0, 0.0, 0.0, 0.0]], np.float32)
+    noise = np.array([[9.0, 0.0, 1.0, 2.0], [3.0, 4.0, 4.0, 1.0]], np.float32)
+    for facts, expected in (({"temperature": 0.0}, [1, 0]), ({"temperature": 2.0, "top_k": 2}, [3, 1])):
+        ours = jaxlm.generate.choose(
+            jnp.asarray(logits), jaxlm.generate.Sampling(**facts), jnp.asarray(noise)
+        )
+        sampling = torchref.generate.Sampling(**facts)
+        theirs = torchref.generate.choose(torch.from_numpy(logits), sampling, torch.from_numpy(noise))
+        assert ours.tolist() == theirs.tolist() == expected
+
+
+@pytest.mark.parametrize("prompts", [[[1] * 30], [], [[1], []], [[1, V]], [[-1]]])
+def test_both_refuse_alike(twins: tuple[Split, Any], prompts: list[list[int]]) -> None:
+    """The same one-line message, context overflow among them; in `stream` before the first id is asked for."""
+    messages = []
+    for module, model in zip((jaxlm.generate, torchref.generate), twins):
+        with pytest.raises(ConfigError) as caught:
+            module.generate(model, prompts, module.Sampling(12))
+        messages.append(str(caught.value))
+        if len(prompts) == 1:
+            with pytest.raises(ConfigError):
+                module.stream(model, prompts[0], module.Sampling(12))
+    assert messages[0] == messages[1] and "\n" not in messages[0]
+
+
+def test_cached_logits_are_equal_in_float64(x64: None) -> None:
+    """Prefill and one step of the two frameworks on unequal rows."""
+    params = random_params(TWINS)
+    model = Split(
+        abstract_model(TWINS).graphdef, {path: jnp.asarray(value) for path, value in params.items()}
+    )
+    ours, state = jaxlm.generate.prefill(model, PROMPTS, 16)
+    theirs, torch_state = torchref.generate.prefill(build_torch(TWINS, params), PROMPTS, 16)
+    assert relative_error(ours, theirs) < tolerance("f64_decode")
+    assert state.positions.tolist() == torch_state.positions.tolist()
+    for layer, torch_layer in zip(state.cache.layers, torch_state.cache.layers):
+        for row, prompt in enumerate(PROMPTS):
+            slots = slice(9 - len(prompt), 9)
+            assert relative_error(layer.k[row, slots], torch_layer.k[row, slots]) < tolerance("f64_decode")
+            assert relative_error(layer.v[row, slots], torch_layer.v[row, slots]) < tolerance("f64_decode")
+    assert jax.numpy.all(state.cache.segment == torch_state.cache.segment.numpy())

@@ -1,0 +1,73 @@
+"""The torch side of the loop: eager steps, safetensors checkpoints (latest and best)."""
+
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from jaxlm.config import RunConfig
+from torchref.checkpoint import CheckpointError, load_training, save_training
+from torchref.layers import Backends
+from torchref.optim import scalars
+from torchref.train import TrainState, init_state, make_eval_step, make_train_step, place_batch
+
+
+class TorchEngine:
+    """Implements jaxlm.loop.Engine."""
+
+    def __init__(self, run: RunConfig, directory: Path, backends: Backends = Backends()):
+        self.run, self.directory, self.backends = run, Path(directory), backends
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._train, self._evaluate = make_train_step(run), make_eval_step(run)
+        self.state: TrainState | None = None
+
+    def initialise(self) -> None:
+        """Fresh parameters from the run's seed."""
+        self.state = init_state(self.run, self.device, self.backends)
+
+    def restore(self, which: str = "latest") -> dict[str, Any]:
+        """Continues from a checkpoint; returns what was saved beside the state."""
+        if not (self.directory / which / "training.json").is_file():
+            raise CheckpointError(f"{self.directory / which}: no checkpoint to restore")
+        self.state, extra = load_training(init_state(self.run, self.device, self.backends), self.directory / which)
+        return extra
+
+    @property
+    def latest_step(self) -> int | None:
+        """Step of the newest checkpoint, None without one."""
+        return 0 if (self.directory / "latest" / "training.json").is_file() else None
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        assert self.state is not None, "initialise() or restore() first"
+        return self.state.step
+
+    def train_step(self, batch: dict[str, np.ndarray]) -> Mapping[str, Any]:
+        """One optimizer step."""
+        self.state, metrics = self._train(self.state, place_batch(batch, self.device), scalars(self.run.optim, self.step))
+        return metrics
+
+    def evaluate(self, batches: Iterable[dict[str, np.ndarray]]) -> float:
+        """Mean cross-entropy in nats per token, summed in double."""
+        assert self.state is not None
+        sums = [self._evaluate(self.state.model, place_batch(batch, self.device)) for batch in batches]
+        return sum(float(s["loss_sum"]) for s in sums) / sum(float(s["tokens"]) for s in sums)
+
+    def save(self, extra: dict[str, Any], metric: float | None) -> None:
+        """Writes latest/, and best/ where the validation loss is the lowest so far; each replaced only when whole."""
+        targets = ["latest"] + (["best"] if metric is not None and metric <= extra["best"] else [])
+        for name in targets:
+            fresh, old = self.directory / f"{name}.new", self.directory / f"{name}.old"
+            shutil.rmtree(fresh, ignore_errors=True)
+            save_training(self.state, fresh, extra)
+            if (self.directory / name).exists():
+                (self.directory / name).rename(old)
+            fresh.rename(self.directory / name)
+            shutil.rmtree(old, ignore_errors=True)
+
+    def close(self) -> None:
+        """Nothing is under way."""

@@ -74,13 +74,18 @@ def pair_up(rules: Iterable[Rule], shapes: Mapping[str, tuple[int, ...]]) -> lis
         assert target is not None
         pairs.append(Pair(path, tuple(shape), target.expand(hits[0].target), hits[0].transform))
     others = [pair.other for pair in pairs]
-    problems += [f"{other}: claimed by more than one path" for other in sorted({o for o in others if others.count(o) > 1})]
+    twice = sorted({other for other in others if others.count(other) > 1})
+    problems += [f"{other}: claimed by more than one path" for other in twice]
     if problems:
-        raise ConversionError(f"{len(problems)} of {len(shapes)} paths have no usable rule:\n" + "\n".join(problems))
+        raise ConversionError(
+            f"{len(problems)} of {len(shapes)} paths have no usable rule:\n" + "\n".join(problems)
+        )
     return pairs
 
 
-def convert(pairs: list[Pair], tensors: Mapping[str, np.ndarray], inverse: bool = False) -> dict[str, np.ndarray]:
+def convert(
+    pairs: list[Pair], tensors: Mapping[str, np.ndarray], inverse: bool = False
+) -> dict[str, np.ndarray]:
     """Converts all tensors there (or back here with `inverse`). Raises ConversionError with every problem at once."""
     arrows = [(p.other, p.other_shape, p.path) if inverse else (p.path, p.shape, p.other) for p in pairs]
     problems = [

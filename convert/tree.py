@@ -23,13 +23,17 @@ def from_jax(params: Mapping[str, jax.Array]) -> Flat:
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     """One tensor as a host array, bit for bit."""
     tensor = tensor.detach().cpu().contiguous()
-    return tensor.view(torch.uint16).numpy().view(BFLOAT16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
+    return (
+        tensor.view(torch.uint16).numpy().view(BFLOAT16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
+    )
 
 
 def to_tensor(array: np.ndarray) -> torch.Tensor:
     """One host array as a tensor of its own memory, bit for bit."""
     array = np.array(array, order="C")
-    return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16) if array.dtype == BFLOAT16 else torch.from_numpy(array)
+    if array.dtype == BFLOAT16:
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def from_torch(module: torch.nn.Module) -> Flat:

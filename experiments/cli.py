@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from jaxlm.config import ConfigError, InputError, MeshConfig, RunConfig, nearest
+from jaxlm.loop import DivergedError
 from jaxlm.presets import PRESETS, preset
 
 A = TypeVar("A")
@@ -33,8 +34,11 @@ def main_guard(main: Callable[[list[str]], int | None]) -> None:
         sys.exit(main(sys.argv[1:]) or 0)
     except InputError as error:
         fail(str(error))
+    except DivergedError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
             raise
         fail(f"{error.filename or 'output'}: {error.strerror}")
     except KeyboardInterrupt:
@@ -53,7 +57,9 @@ class RunOptions:
 
     run: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]  # the run
     run_dir: str = ""  # where everything is written; '' = runs/PRESET
-    resume: bool = False  # continue from the newest checkpoint of the run directory, or start fresh if there is none
+    resume: bool = (
+        False  # continue from the newest checkpoint of the run directory, or start fresh if there is none
+    )
     framework: Literal["jax", "torch"] = "jax"  # torch trains the twin on the same batches
     preset: Annotated[str, tyro.conf.Suppress] = field(default="")
 
@@ -70,8 +76,8 @@ def parse_run(argv: list[str], prog: str, description: str, default: str | None 
         raise ConfigError(f"name a preset first: {prog} PRESET …; presets are {names}")
     run = preset(name)
     about = f"{description}\n\nPRESET is one of {names}.\nDefaults shown below are those of {name}."
-    options = parse(RunOptions, argv, f"{prog} {'[PRESET]' if default else 'PRESET'}", about, RunOptions(run, preset=name))
-    return options
+    usage = f"{prog} {'[PRESET]' if default else 'PRESET'}"
+    return parse(RunOptions, argv, usage, about, RunOptions(run, preset=name))
 
 
 def parse(kind: type[A], argv: list[str], prog: str, description: str, default: A | None = None) -> A:
@@ -85,7 +91,13 @@ def parse(kind: type[A], argv: list[str], prog: str, description: str, default: 
                 stack.enter_context(contextlib.redirect_stderr(captured))
                 stack.enter_context(contextlib.redirect_stdout(captured))
             return tyro.cli(
-                kind, args=argv, prog=prog, description=description, registry=_registry(), config=_CONFIG, **keywords
+                kind,
+                args=argv,
+                prog=prog,
+                description=description,
+                registry=_registry(),
+                config=_CONFIG,
+                **keywords,
             )
     except SystemExit as stop:
         if stop.code in (0, None):
@@ -120,9 +132,11 @@ def _one_line(text: str) -> str:
     rule = [i for i, line in enumerate(lines) if set(line) <= {"─"} and line]
     body = [line for line in lines[1 : rule[0] if rule else None] if line and not set(line) <= {"─", "╯"}]
     message = " ".join(body) or "the command line could not be read"
-    message = re.sub(r"^Error parsing ([\w.-]+): ", lambda m: "" if m[1].startswith("run") else f"{m[1]}: ", message)
+    message = re.sub(
+        r"^Error parsing ([\w.-]+): ", lambda m: "" if m[1].startswith("run") else f"{m[1]}: ", message
+    )
     suggestions = [m[0] for line in lines if (m := re.match(r"--[\w.-]+", line))]
     unknown = re.findall(r"--[\w.-]+", message) if message.startswith("Unrecognized") else []
     if unknown:
-        message = f"unknown option {unknown[0]}" + (nearest(unknown[0], suggestions) if suggestions else "") + "; see --help"
+        message = f"unknown option {unknown[0]}{nearest(unknown[0], suggestions)}; see --help"
     return message

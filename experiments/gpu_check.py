@@ -18,22 +18,31 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-VOCABULARY = 32_768  # what the default corpus can fill; the model keeps its own vocabulary, the rest is padding
+VOCABULARY = (
+    32_768  # what the default corpus can fill; the model keeps its own vocabulary, the rest is padding
+)
 TEST_SECONDS, WARM_UP = 270, 10
 
 
 def main(argv: list[str]) -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m experiments.gpu_check",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=Path("runs/gpu_check"), help="directory of the report")
     parser.add_argument("--steps", type=int, default=100, help="training steps of gptoss")
-    parser.add_argument("--batch-size", type=int, default=16, help="sequences of 2,048 tokens per step, at once")
+    parser.add_argument(
+        "--batch-size", type=int, default=16, help="sequences of 2,048 tokens per step, at once"
+    )
     parser.add_argument("--skip-tests", action="store_true", help="only train")
     options = parser.parse_args(argv)
     if not has_cuda():
-        print("error: jax sees no CUDA device here; `make test` runs everything that needs none", file=sys.stderr)
+        print(
+            "error: jax sees no CUDA device here; `make test` runs everything that needs none",
+            file=sys.stderr,
+        )
         return 2
     failed = 0 if options.skip_tests else run_tests()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -56,7 +65,14 @@ def has_cuda() -> bool:
 def run_tests() -> int:
     """The tests that carry the gpu marker."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-s", "tests/gpu"]
-    command += ["-o", "addopts=--import-mode=importlib", "-o", "filterwarnings=default", "-p", "no:cacheprovider"]
+    command += [
+        "-o",
+        "addopts=--import-mode=importlib",
+        "-o",
+        "filterwarnings=default",
+        "-p",
+        "no:cacheprovider",
+    ]
     environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"} | {"JAXLM_TEST_GPU": "1"}
     try:
         return subprocess.run(command, env=environment, timeout=TEST_SECONDS).returncode
@@ -107,7 +123,9 @@ def train_gptoss(steps: int, batch_size: int, out: Path) -> dict[str, Any]:
         "compile_and_first_step_seconds": seconds[0],
         "step_seconds_median": typical,
         "tokens_per_second": rate,
-        "mfu": mfu(rate, flops_per_token(run.model, train.seq_len), peak_flops(device.device_kind, "bfloat16")),
+        "mfu": mfu(
+            rate, flops_per_token(run.model, train.seq_len), peak_flops(device.device_kind, "bfloat16")
+        ),
         "peak_bytes": device.memory_stats().get("peak_bytes_in_use"),
         "total_seconds": time.perf_counter() - started,
         "losses": losses,
@@ -121,7 +139,10 @@ def tokens_of_default_corpus(out: Path, seq_len: int) -> Any:
     from jaxlm.tokenizer import Tokenizer
 
     corpus = open_corpus("", "text")
-    print(f"training a tokenizer of {VOCABULARY:,} tokens on {corpus.description}; gptoss's other ids stay unused", flush=True)
+    print(
+        f"training a tokenizer of {VOCABULARY:,} tokens on {corpus.description}; gptoss's other ids stay unused",
+        flush=True,
+    )
     tokenizer = Tokenizer.train((d.text for d in corpus.documents("train", 0.05)), VOCABULARY)
     folder = out / "data"
     prepare(corpus, tokenizer, folder, 0.05, min_tokens=seq_len + 1)

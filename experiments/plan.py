@@ -21,11 +21,15 @@ def main(argv: list[str]) -> int:
     from jaxlm.plan import H200_BYTES, compile_step
 
     run = options.run
-    print(f"{options.preset}: {param_count(run.model):,} parameters, {active_param_count(run.model):,} active")
+    print(
+        f"{options.preset}: {param_count(run.model):,} parameters, {active_param_count(run.model):,} active"
+    )
     print(f"{flops_per_token(run.model, run.train.seq_len) / 1e9:.3f} GFLOP per token in training")
     compiled = compile_step(run)
     tokens = run.train.batch_size * run.train.seq_len
-    print(f"{run.mesh.size} x H200 (mesh {run.mesh}), {tokens:,} tokens per step, {run.train.accumulation} micro-batches:")
+    print(
+        f"{run.mesh.size} x H200 (mesh {run.mesh}), {tokens:,} tokens per step, {run.train.accumulation} micro-batches:"
+    )
     print(f"  peak      {compiled.peak_bytes / 1e9:7.1f} GB of {H200_BYTES / 1e9:.0f} per device")
     print(f"  state     {compiled.state_bytes / 1e9:7.1f} GB (weights and moments, divided evenly)")
     print(f"  temporary {compiled.temporary_bytes / 1e9:7.1f} GB")

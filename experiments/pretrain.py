@@ -77,14 +77,18 @@ def refuse_other_framework(path: Path, framework: str) -> None:
     """A run goes on in the framework it was started in."""
     other, mine = ("torch", "jax") if framework == "jax" else ("jax", "torch")
     if (path / CHECKPOINTS[other]).exists() and not (path / CHECKPOINTS[mine]).exists():
-        raise ConfigError(f"{path} was trained with --framework {other}, not {mine}; use the same or another --run-dir")
+        raise ConfigError(
+            f"{path} was trained with --framework {other}, not {mine}; use the same or another --run-dir"
+        )
 
 
 def check_devices(run: RunConfig, framework: str) -> None:
     """Refuses a mesh that the machine or the framework does not have."""
     if framework == "torch":
         if run.mesh.size > 1:
-            raise ConfigError(f"--framework torch runs on one device, but --mesh {run.mesh} asks for {run.mesh.size}")
+            raise ConfigError(
+                f"--framework torch runs on one device, but --mesh {run.mesh} asks for {run.mesh.size}"
+            )
         return
     from jaxlm.sharding import make_mesh
 
@@ -98,9 +102,12 @@ def prepare_data(run: RunConfig, directory: RunDir, corpus: Corpus, resumed: boo
         tokenizer = Tokenizer.load(stored)
     elif run.data.tokenizer == "train":
         say(f"training a byte-level BPE of {run.model.vocab_size} tokens on {corpus.description}")
-        tokenizer = Tokenizer.train((d.text for d in corpus.documents("train", run.data.val_fraction)), run.model.vocab_size)
+        texts = (document.text for document in corpus.documents("train", run.data.val_fraction))
+        tokenizer = Tokenizer.train(texts, run.model.vocab_size)
         if tokenizer.n_unused:
-            say(f"the text fills {run.model.vocab_size - tokenizer.n_unused} tokens; {tokenizer.n_unused} stay unused")
+            say(
+                f"the text fills {run.model.vocab_size - tokenizer.n_unused} tokens; {tokenizer.n_unused} stay unused"
+            )
     else:
         tokenizer = open_tokenizer(run.data.tokenizer)
     if tokenizer.vocab_size > run.model.vocab_size:
@@ -109,7 +116,9 @@ def prepare_data(run: RunConfig, directory: RunDir, corpus: Corpus, resumed: boo
             f"{run.model.vocab_size}; set --model.vocab-size {tokenizer.vocab_size}"
         )
     if tokenizer.vocab_size < run.model.vocab_size:
-        say(f"the vocabulary of {tokenizer.vocab_size} tokens is padded to model.vocab_size={run.model.vocab_size}")
+        say(
+            f"the vocabulary of {tokenizer.vocab_size} tokens is padded to model.vocab_size={run.model.vocab_size}"
+        )
     if not stored.is_file():
         tokenizer.save(stored)
     out = Path(run.data.cache) if run.data.cache else directory.path / "data"
@@ -135,7 +144,12 @@ def train(run: RunConfig, directory: RunDir, data: Prepared, framework: str, res
     if step >= run.train.steps:
         say(f"step {step} of {run.train.steps} is already done; raise --train.steps to go on")
     loader = make_loader(
-        data.train, run.train.seq_len, run.train.batch_size, run.train.seed, run.data.shuffle, start_batch=step
+        data.train,
+        run.train.seq_len,
+        run.train.batch_size,
+        run.train.seed,
+        run.data.shuffle,
+        start_batch=step,
     )
     if loader_state is not None:
         loader.set_state(loader_state)
@@ -180,7 +194,9 @@ def describe(run: RunConfig, engine: Any, framework: str) -> None:
     active_note = f" ({active:,} active)" if active != total else ""
     steps, tokens = run.train.steps, run.train.steps * run.train.batch_size * run.train.seq_len
     mesh = f", mesh {run.mesh}" if run.mesh.size > 1 else ""
-    say(f"{framework}: {total:,} parameters{active_note}, {steps} steps, {tokens:,} tokens, {run.train.dtype}{mesh}")
+    say(
+        f"{framework}: {total:,} parameters{active_note}, {steps} steps, {tokens:,} tokens, {run.train.dtype}{mesh}"
+    )
 
 
 def device_peak(run: RunConfig, framework: str) -> float | None:

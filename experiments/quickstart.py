@@ -29,7 +29,9 @@ def main(argv: list[str]) -> int:
     """Entry point; exit code 1 when the model loses against the bigram table or the frameworks disagree."""
     options = parse_run(argv, "python -m experiments.quickstart", __doc__ or "", default="quickstart")
     if options.framework != "jax":
-        raise ConfigError("quickstart compares both frameworks and trains in JAX; use experiments.pretrain for torch")
+        raise ConfigError(
+            "quickstart compares both frameworks and trains in JAX; use experiments.pretrain for torch"
+        )
     path = Path(options.run_dir or f"runs/{options.preset}")
     if path.exists() and not options.resume:
         say(f"{path} is kept as {move_aside(path)}")
@@ -55,18 +57,23 @@ def compare_with_baselines(trained: Trained) -> bool:
     bytes_per_token = len(text) / len(data.val)
     bits = 1 / math.log(2) / bytes_per_token
     gzip = gzip_bits_per_byte(text)
-    (trained.directory.path / "baselines.json").write_text(json.dumps({"bigram": bigram}) + "\n", encoding="utf-8")
+    (trained.directory.path / "baselines.json").write_text(
+        json.dumps({"bigram": bigram}) + "\n", encoding="utf-8"
+    )
     rows = [
         ("training loss (last step)", result.loss),
         ("validation loss", result.val_loss),
         (f"smoothed bigram table on the same {seen:,} tokens", bigram),
     ]
-    print(f"\n{result.step * run.train.batch_size * run.train.seq_len:,} tokens seen   nats per token   bits per byte")
+    print(
+        f"\n{result.step * run.train.batch_size * run.train.seq_len:,} tokens seen   nats per token   bits per byte"
+    )
     for name, nats in rows:
         print(f"  {name:<52} {nats:8.4f} {nats * bits:12.4f}")
     print(f"  {'gzip -9 of the validation text (shown, not a target)':<52} {'':8} {gzip:12.4f}")
     beaten = result.val_loss < bigram
-    print(f"  the model {'beats' if beaten else 'DOES NOT BEAT'} the bigram table by {bigram - result.val_loss:+.4f} nats per token")
+    verdict = "beats the bigram table by" if beaten else "DOES NOT BEAT the bigram table:"
+    print(f"  the model {verdict} {bigram - result.val_loss:+.4f} nats per token")
     if run.train.plots:
         from jaxlm.plots import plot_run
 
@@ -85,7 +92,8 @@ def print_samples(trained: Trained) -> None:
     split = Split(abstract_model(model).graphdef, trained.engine.params)
     answers = generate(split, prompts, settings)
     texts = [tokenizer.decode(list(itertools.chain(p, a))) for p, a in zip(prompts, answers, strict=True)]
-    body = "\n".join(f"--- {prompt!r}, temperature 0.8, top-k 40\n{text}" for prompt, text in zip(PROMPTS, texts, strict=True))
+    titles = [f"--- {prompt!r}, temperature 0.8, top-k 40" for prompt in PROMPTS]
+    body = "\n".join(f"{title}\n{text}" for title, text in zip(titles, texts, strict=True))
     print(f"\n{body}")
     (trained.directory.path / "samples.txt").write_text(body + "\n", encoding="utf-8")
 

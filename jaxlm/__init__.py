@@ -5,7 +5,8 @@ Package map (imports go from right to left only; a test reads the AST):
     config, presets, tokenizer, rope_table <- data <- sharding <- layers <- grouped <- attention, moe <- model
         <- loss, generate <- optim, checkpoint, metrics <- train <- loop
 
-`config`, `presets`, `tokenizer` and `rope_table` import neither jax nor torch: `torchref`, the PyTorch column, shares them.
+`config`, `presets`, `count`, `tokenizer` and `rope_table` import neither jax nor torch: `torchref`, the PyTorch column,
+shares them.
 
 Dimension legend, used in annotations, einsum strings and name suffixes in both frameworks:
 

@@ -58,7 +58,9 @@ class KVCache(NamedTuple):
 def init_cache(config: ModelConfig, batch: int, slots: int, dtype: DTypeLike) -> KVCache:
     """An empty cache for `slots` positions of `batch` sequences."""
     shape = (batch, slots, config.n_kv_heads, config.head_dim)
-    layers = tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.n_layers))
+    layers = tuple(
+        LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.n_layers)
+    )
     return KVCache(layers, jnp.zeros((batch, slots), jnp.int32), jnp.zeros((), jnp.int32))
 
 
@@ -132,7 +134,9 @@ def cudnn_attention(q: Array, k: Array, v: Array, window: int) -> Array:
 
     def local(q: Array, k: Array, v: Array) -> Array:
         span = (window - 1, 0) if window else None
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=span, implementation="cudnn")
+        return jax.nn.dot_product_attention(
+            q, k, v, is_causal=True, local_window_size=span, implementation="cudnn"
+        )
 
     if not current_mesh_shape():
         return local(q, k, v)
@@ -151,7 +155,9 @@ def choose_attention(requested: str, q: Array, plain: bool) -> str:
 class Attention(nnx.Module):
     """Projections, rotary positions and attention of one block."""
 
-    def __init__(self, config: ModelConfig, layer: int, backends: Backends, *, rngs: nnx.Rngs, dtype: DTypeLike):
+    def __init__(
+        self, config: ModelConfig, layer: int, backends: Backends, *, rngs: nnx.Rngs, dtype: DTypeLike
+    ):
         D, N, K, H = config.d_model, config.n_heads, config.n_kv_heads, config.head_dim
         std, qkv = init_std(config, D), config.qkv_bias
         self.q_proj = Linear(D, N * H, bias=qkv, std=std, axes=("embed", "heads"), rngs=rngs, dtype=dtype)
@@ -159,7 +165,9 @@ class Attention(nnx.Module):
         self.v_proj = Linear(D, K * H, bias=qkv, std=std, axes=("embed", "kv_heads"), rngs=rngs, dtype=dtype)
         std = init_std(config, N * H, residual=True)
         out_bias = config.attn_out_bias
-        self.o_proj = Linear(N * H, D, bias=out_bias, std=std, axes=("heads", "embed"), rngs=rngs, dtype=dtype)
+        self.o_proj = Linear(
+            N * H, D, bias=out_bias, std=std, axes=("heads", "embed"), rngs=rngs, dtype=dtype
+        )
         self.q_norm = RMSNorm(H, config.norm_eps, dtype=dtype) if config.qk_norm else None
         self.k_norm = RMSNorm(H, config.norm_eps, dtype=dtype) if config.qk_norm else None
         table = (1, N, config.context, config.context)

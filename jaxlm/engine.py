@@ -50,10 +50,17 @@ class JaxEngine:
             places = jax.tree.map(lambda _: whole, shapes)
         else:
             places = state_shardings(self.run, self.mesh, abstract_model(self.run.model))
-        template = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places)
+        template = jax.tree.map(
+            lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places
+        )
         self.state, extra = self.checkpoints.restore(which, template)
         self._step = int(self.state.step)
         return extra
+
+    @property
+    def latest_step(self) -> int | None:
+        """Step of the newest checkpoint, None without one."""
+        return self.checkpoints.latest_step
 
     @property
     def step(self) -> int:

@@ -33,7 +33,11 @@ def upcast(x: Array) -> Array:
 def make_param(shape: tuple[int, ...], axes: Axes, std: float, rngs: nnx.Rngs, dtype: DTypeLike) -> nnx.Param:
     """A weight: shape, logical axes and initial standard deviation (normal distribution, untruncated) in one place."""
     assert len(shape) == len(axes), (shape, axes)
-    value = jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(std, dtype) if std else jnp.zeros(shape, dtype)
+    value = (
+        jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(std, dtype)
+        if std
+        else jnp.zeros(shape, dtype)
+    )
     return nnx.Param(value, axes=axes)
 
 
@@ -49,9 +53,9 @@ def init_std(config: ModelConfig, fan_in: int, residual: bool = False) -> float:
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, over the last axis; the mean upcast, the product in x's dtype (Llama's order).
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis; the mean upcast, the product in x's dtype.
 
-    Source: arXiv:1910.07467, eq. 4.
+    Source: arXiv:1910.07467, eq. 4, in Llama's order of casts.
     """
 
     def __init__(self, dim: int, eps: float, *, dtype: DTypeLike):
@@ -67,7 +71,9 @@ class RMSNorm(nnx.Module):
 class Linear(nnx.Module):
     """x @ weight (+ bias), weight [n_in, n_out]."""
 
-    def __init__(self, n_in: int, n_out: int, *, bias: bool, std: float, axes: Axes, rngs: nnx.Rngs, dtype: DTypeLike):
+    def __init__(
+        self, n_in: int, n_out: int, *, bias: bool, std: float, axes: Axes, rngs: nnx.Rngs, dtype: DTypeLike
+    ):
         self.weight = make_param((n_in, n_out), axes, std, rngs, dtype)
         self.bias = make_param((n_out,), axes[1:], 0.0, rngs, dtype) if bias else None
 
@@ -126,17 +132,21 @@ class MLP(nnx.Module):
 
     def __init__(self, config: ModelConfig, d_ff: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
         dim, bias = config.d_model, config.mlp_bias
-        std, up_axes = init_std(config, dim), ("embed", "ffn")
+        std, axes = init_std(config, dim), ("embed", "ffn")
         self.kind, self.rate = config.mlp, config.dropout
+        gated = config.mlp == "swiglu"
         self.gate_proj = (
-            Linear(dim, d_ff, bias=bias, std=std, axes=up_axes, rngs=rngs, dtype=dtype) if config.mlp == "swiglu" else None
+            Linear(dim, d_ff, bias=bias, std=std, axes=axes, rngs=rngs, dtype=dtype) if gated else None
         )
-        self.up_proj = Linear(dim, d_ff, bias=bias, std=std, axes=up_axes, rngs=rngs, dtype=dtype)
-        self.down_proj = Linear(
-            d_ff, dim, bias=bias, std=init_std(config, d_ff, residual=True), axes=("ffn", "embed"), rngs=rngs, dtype=dtype
-        )
+        self.up_proj = Linear(dim, d_ff, bias=bias, std=std, axes=axes, rngs=rngs, dtype=dtype)
+        std, axes = init_std(config, d_ff, residual=True), ("ffn", "embed")
+        self.down_proj = Linear(d_ff, dim, bias=bias, std=std, axes=axes, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: Float[Array, "*B D"], key: Array | None = None) -> Float[Array, "*B D"]:
         up = self.up_proj(x)
-        hidden = activate(self.kind, up, None) if self.gate_proj is None else activate(self.kind, self.gate_proj(x), up)
+        hidden = (
+            activate(self.kind, up, None)
+            if self.gate_proj is None
+            else activate(self.kind, self.gate_proj(x), up)
+        )
         return self.down_proj(dropout(hidden, self.rate, key))

@@ -1,4 +1,4 @@
-"""The one training loop, for either framework: an `Engine` steps, validates, saves and restores; the loop does the rest.
+"""The one training loop, for either framework: an `Engine` steps, validates and saves; the loop does the rest.
 
 Step n is dispatched before step n-1's metrics are read, so the device never waits for the host. Every logged step is
 one line of metrics.jsonl; a checkpoint is written with every validation; the first SIGINT or SIGTERM finishes the step,
@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from jaxlm.metrics import JsonlSink, Progress, Throughput, mfu
 HostBatch = dict[str, np.ndarray]
 
 
+@runtime_checkable
 class Engine(Protocol):
     """One framework's side of training. Metrics may be lazy; reading them waits for the step."""
 
@@ -47,6 +48,7 @@ class Engine(Protocol):
         ...
 
 
+@runtime_checkable
 class Loader(Protocol):
     """Batches in a fixed order, with a position that can be stored."""
 
@@ -151,7 +153,9 @@ class _Reporter:
 
     RATE_STEPS = 10  # steps a tokens/s figure is averaged over
 
-    def __init__(self, run: RunConfig, sink: JsonlSink, meter: Throughput, flops: float | None, peak: float | None):
+    def __init__(
+        self, run: RunConfig, sink: JsonlSink, meter: Throughput, flops: float | None, peak: float | None
+    ):
         self.run, self.sink, self.meter, self.flops, self.peak = run, sink, meter, flops, peak
         self.loss, self.rate, self.steps = math.nan, None, 0
 
@@ -159,7 +163,9 @@ class _Reporter:
         values = {name: _plain(value) for name, value in metrics.items()}
         self.loss = values["loss"]
         if not math.isfinite(self.loss):
-            raise DivergedError(f"loss is {self.loss} at step {step}; lower optim.lr or resume from the last checkpoint")
+            raise DivergedError(
+                f"loss is {self.loss} at step {step}; lower --optim.lr or resume an earlier checkpoint"
+            )
         tokens = self.run.train.batch_size * self.run.train.seq_len
         self.meter.tick()
         self.steps += 1

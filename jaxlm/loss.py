@@ -78,7 +78,9 @@ def chunked_token_loss(
 ) -> TokenLoss:
     """`token_loss` over chunks of T, logits recomputed in the backward pass; one chunk where all logits are small."""
     B, T, D = hidden.shape
-    chunks = next(n for n in range(1, T + 1) if (T % n == 0 and B * T // n * weight.shape[1] <= chunk_logits) or n == T)
+    chunks = next(
+        n for n in range(1, T + 1) if (T % n == 0 and B * T // n * weight.shape[1] <= chunk_logits) or n == T
+    )
     if chunks == 1:
         return token_loss(hidden, weight, bias, targets, mask)
 
@@ -88,7 +90,9 @@ def chunked_token_loss(
     @jax.checkpoint
     def body(total: TokenLoss, chunk: tuple[Array, Array, Array]) -> tuple[TokenLoss, None]:
         x, y, m = chunk
-        return TokenLoss(*(a + b for a, b in zip(total, token_loss(x, weight, bias, y, m), strict=True))), None
+        return TokenLoss(
+            *(a + b for a, b in zip(total, token_loss(x, weight, bias, y, m), strict=True))
+        ), None
 
     zero = jnp.zeros((), jnp.promote_types(hidden.dtype, jnp.float32))
     total, _ = jax.lax.scan(body, TokenLoss(zero, zero), (split(hidden), split(targets), split(mask)))

@@ -29,7 +29,9 @@ Params = dict[str, Array]
 class Block(nnx.Module):
     """Pre-norm attention and feed-forward, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, layer: int, backends: Backends, *, rngs: nnx.Rngs, dtype: DTypeLike):
+    def __init__(
+        self, config: ModelConfig, layer: int, backends: Backends, *, rngs: nnx.Rngs, dtype: DTypeLike
+    ):
         self.attn_norm = RMSNorm(config.d_model, config.norm_eps, dtype=dtype)
         self.attn = Attention(config, layer, backends, rngs=rngs, dtype=dtype)
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps, dtype=dtype)
@@ -80,9 +82,13 @@ class Decoder(nnx.Module):
         learned = config.position == "learned"
         position_axes = (None, "embed")
         self.pos_embed = (
-            Embed(config.context, D, std=embed_std, axes=position_axes, rngs=rngs, dtype=dtype) if learned else None
+            Embed(config.context, D, std=embed_std, axes=position_axes, rngs=rngs, dtype=dtype)
+            if learned
+            else None
         )
-        self.blocks = nnx.List([Block(config, i, backends, rngs=rngs, dtype=dtype) for i in range(config.n_layers)])
+        self.blocks = nnx.List(
+            [Block(config, i, backends, rngs=rngs, dtype=dtype) for i in range(config.n_layers)]
+        )
         self.final_norm = RMSNorm(D, config.norm_eps, dtype=dtype)
         bias, std = config.head_bias, init_std(config, D)
         head = Linear(D, V, bias=bias, std=std, axes=("embed", "vocab"), rngs=rngs, dtype=dtype)
@@ -205,7 +211,9 @@ def split_model(model: nnx.Module) -> Split:
 def merge_model(graphdef: nnx.GraphDef, params: Params) -> Any:
     """The inverse of `split_model`; cheap, meant to run inside jit."""
     leaves = {tuple(int(p) if p.isdigit() else p for p in path.split(".")): v for path, v in params.items()}
-    return nnx.merge(graphdef, nnx.from_flat_state({path: nnx.Param(value) for path, value in leaves.items()}))
+    return nnx.merge(
+        graphdef, nnx.from_flat_state({path: nnx.Param(value) for path, value in leaves.items()})
+    )
 
 
 class Abstract(NamedTuple):
@@ -223,7 +231,9 @@ def abstract_model(
     remat: str = "none",
 ) -> Abstract:
     """Builds the decoder for its shapes only, whatever its size."""
-    model = nnx.eval_shape(lambda: Decoder(config, backends, rngs=nnx.Rngs(params=0), dtype=dtype, remat=remat))
+    model = nnx.eval_shape(
+        lambda: Decoder(config, backends, rngs=nnx.Rngs(params=0), dtype=dtype, remat=remat)
+    )
     graphdef, state = nnx.split(model, nnx.Param)
     flat = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
     shapes = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in flat.items()}

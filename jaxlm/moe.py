@@ -107,7 +107,9 @@ class Experts(nnx.Module):
         up_std, down_std = init_std(config, D), init_std(config, F, residual=True)
         # The ffn axis of gate_up holds two halves, so a contiguous split would separate pairs: it stays whole.
         up = make_param((E, D, 2 * F if gated else F), ("experts", "embed", None), up_std, rngs, dtype)
-        up_bias = make_param((E, 2 * F if gated else F), ("experts", None), 0.0, rngs, dtype) if bias else None
+        up_bias = (
+            make_param((E, 2 * F if gated else F), ("experts", None), 0.0, rngs, dtype) if bias else None
+        )
         self.gate_up, self.up = (up, None) if gated else (None, up)
         self.gate_up_bias, self.up_bias = (up_bias, None) if gated else (None, up_bias)
         self.down = make_param((E, F, D), ("experts", "ffn", "embed"), down_std, rngs, dtype)
@@ -123,7 +125,11 @@ class Experts(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "B T D"], ids: Int[Array, "B T A"], weights: Float[Array, "B T A"], key: Array | None = None
+        self,
+        x: Float[Array, "B T D"],
+        ids: Int[Array, "B T A"],
+        weights: Float[Array, "B T A"],
+        key: Array | None = None,
     ) -> Float[Array, "B T D"]:
         """sum_a weights[a] * MLP_{ids[a]}(x), each device with its own experts under a mesh."""
         stacked = self.weights(x.dtype)
@@ -131,7 +137,9 @@ class Experts(nnx.Module):
             return self.local(x, ids, weights, stacked, key)
         return _over_mesh(self.local, x, ids, weights, stacked, key)
 
-    def local(self, x: Array, ids: Array, weights: Array, stacked: ExpertWeights, key: Array | None = None) -> Array:
+    def local(
+        self, x: Array, ids: Array, weights: Array, stacked: ExpertWeights, key: Array | None = None
+    ) -> Array:
         """The tokens and experts of one device; an id outside its experts contributes nothing."""
         D, A = x.shape[-1], ids.shape[-1]
         hidden_dropout = None if key is None or self.rate == 0 else (key, self.rate)
@@ -147,7 +155,9 @@ class Experts(nnx.Module):
         return out.reshape(x.shape)
 
 
-def _over_mesh(local, x: Array, ids: Array, weights: Array, stacked: ExpertWeights, key: Array | None) -> Array:
+def _over_mesh(
+    local, x: Array, ids: Array, weights: Array, stacked: ExpertWeights, key: Array | None
+) -> Array:
     """Expert parallelism: gather tokens along `expert`, compute the local experts, sum and scatter back.
 
     Experts are not split over `tensor`; their weights are gathered over `fsdp` on entry.
@@ -166,8 +176,16 @@ def _over_mesh(local, x: Array, ids: Array, weights: Array, stacked: ExpertWeigh
         return jax.lax.psum_scatter(out, "expert", scatter_dimension=0, tiled=True)
 
     rows, experts = PartitionSpec(BATCH_AXES), PartitionSpec("expert")
-    in_specs = (rows, rows, rows, jax.tree.map(lambda _: experts, stacked), None if key is None else PartitionSpec())
-    return jax.shard_map(island, in_specs=in_specs, out_specs=rows, check_vma=False)(x, ids, weights, stacked, key)
+    in_specs = (
+        rows,
+        rows,
+        rows,
+        jax.tree.map(lambda _: experts, stacked),
+        None if key is None else PartitionSpec(),
+    )
+    return jax.shard_map(island, in_specs=in_specs, out_specs=rows, check_vma=False)(
+        x, ids, weights, stacked, key
+    )
 
 
 class MoE(nnx.Module):
@@ -176,11 +194,17 @@ class MoE(nnx.Module):
     def __init__(self, config: ModelConfig, backends: Backends, *, rngs: nnx.Rngs, dtype: DTypeLike):
         D, moe = config.d_model, config.moe
         std = init_std(config, D)
-        self.router = Linear(D, moe.n_experts, bias=False, std=std, axes=("embed", None), rngs=rngs, dtype=dtype)
+        self.router = Linear(
+            D, moe.n_experts, bias=False, std=std, axes=("embed", None), rngs=rngs, dtype=dtype
+        )
         self.experts = Experts(config, backends, rngs=rngs, dtype=dtype)
         self.shared = MLP(config, moe.shared_d_ff, rngs=rngs, dtype=dtype) if moe.shared_d_ff else None
-        gate = Linear(D, 1, bias=False, std=std, axes=("embed", None), rngs=rngs, dtype=dtype) if moe.shared_gate else None
-        self.shared_gate = gate
+        gate_axes = ("embed", None)
+        self.shared_gate = (
+            Linear(D, 1, bias=False, std=std, axes=gate_axes, rngs=rngs, dtype=dtype)
+            if moe.shared_gate
+            else None
+        )
         self.config = moe
 
     def __call__(

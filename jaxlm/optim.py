@@ -57,13 +57,17 @@ def decays(config: OptimConfig, path: str) -> bool:
     """Whether weight decay touches a parameter. Raises ValueError unless exactly one policy line names it."""
     kinds = [kind for pattern, kind in DECAY_POLICY if re.fullmatch(pattern, path)]
     if len(kinds) != 1:
-        raise ValueError(f"parameter {path!r} matches {len(kinds)} lines of the weight decay policy; it must match one")
+        raise ValueError(
+            f"parameter {path!r} matches {len(kinds)} lines of the weight decay policy; it must match one"
+        )
     return kinds[0] == "matrix" or (kinds[0] == "embedding" and config.decay == "matrices_and_embeddings")
 
 
 def global_norm(tree: Any) -> Array:
     """Root of the sum of squares of all leaves, accumulated upcast."""
-    squares = [jnp.sum(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))) for x in jax.tree.leaves(tree)]
+    squares = [
+        jnp.sum(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))) for x in jax.tree.leaves(tree)
+    ]
     return jnp.sqrt(sum(squares[1:], squares[0]))
 
 
@@ -90,7 +94,10 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
 
 
 def scale_by_exact_adamw(config: OptimConfig) -> optax.GradientTransformationExtraArgs:
-    """AdamW's update -(step_size * m / (sqrt(v)/bias2_root + eps) + decay * p). Source: arXiv:1711.05101, algorithm 2."""
+    """AdamW's update -(step_size * m / (sqrt(v)/bias2_root + eps) + decay * p).
+
+    Source: arXiv:1711.05101, algorithm 2.
+    """
 
     def init(params):
         return AdamState(jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params))

@@ -25,7 +25,7 @@ from jaxlm.optim import Scalars
 from jaxlm.sharding import batch_sharding, replicated
 from jaxlm.train import make_train_step, state_shapes, state_shardings
 
-# What the compiler asks of an H200: NVIDIA's data sheet and the CUDA programming guide's table for compute capability 9.0.
+# What the compiler asks of an H200: NVIDIA's data sheet, and the CUDA programming guide on compute capability 9.0.
 H200 = """
 gpu_device_info {
   threads_per_block_limit: 1024  threads_per_warp: 32  core_count: 132  fpus_per_core: 128
@@ -69,7 +69,9 @@ def require_plugin() -> None:
 
 def h200_mesh(config: MeshConfig) -> Mesh:
     """A mesh of H200s of one host that exist only for the compiler."""
-    topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology=f"1x1x{config.size}")
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=H200, topology=f"1x1x{config.size}"
+    )
     shape = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor, "expert": config.expert}
     grid = np.array(topology.devices).reshape(tuple(shape.values()))
     return Mesh(grid, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))

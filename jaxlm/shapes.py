@@ -1,4 +1,7 @@
-"""Shape annotations: jaxtyping where it is installed, plain markers elsewhere (tests execute them; training never does)."""
+"""Shape annotations: jaxtyping where it is installed, plain markers elsewhere.
+
+Tests execute them; training never does.
+"""
 
 from typing import Any
 

@@ -47,15 +47,20 @@ def spec(axes: Axes, table: dict[str, tuple[str, ...]] = LOGICAL_TO_MESH) -> Par
     flat = [name for names in physical for name in names]
     if len(set(flat)) != len(flat):
         raise ValueError(f"logical axes {axes} collide on the mesh: {physical}")
-    return PartitionSpec(*(None if not names else names[0] if len(names) == 1 else names for names in physical))
+    return PartitionSpec(
+        *(None if not names else names[0] if len(names) == 1 else names for names in physical)
+    )
 
 
 def sharding(mesh: Mesh, shape: tuple[int, ...], axes: Axes) -> NamedSharding:
-    """How an array is laid out. A dimension that its mesh axes do not divide stays whole (a vocabulary of 200,019, say)."""
+    """How an array is laid out. A dimension that its mesh axes do not divide stays whole (a vocabulary of 200,019)."""
     if len(shape) != len(axes):
-        raise ValueError(f"shape {shape} has {len(shape)} dimensions but logical axes {axes} name {len(axes)}")
+        raise ValueError(
+            f"shape {shape} has {len(shape)} dimensions but logical axes {axes} name {len(axes)}"
+        )
     entries = [
-        entry if size % _ways(mesh, entry) == 0 else None for size, entry in zip(shape, spec(axes), strict=True)
+        entry if size % _ways(mesh, entry) == 0 else None
+        for size, entry in zip(shape, spec(axes), strict=True)
     ]
     return NamedSharding(mesh, PartitionSpec(*entries))
 

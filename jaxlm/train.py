@@ -24,7 +24,10 @@ from jaxlm.optim import Scalars, clip_scale, global_norm, make_optimizer
 from jaxlm.sharding import batch_sharding, replicated, sharding
 
 Batch = dict[str, Array]
-KEPT_WIDE = ("norm.weight", "router.weight")  # parameters that half-precision runs compute with in master precision
+KEPT_WIDE = (
+    "norm.weight",
+    "router.weight",
+)  # parameters that half-precision runs compute with in master precision
 
 
 class TrainState(NamedTuple):
@@ -75,7 +78,14 @@ def init_state(run: RunConfig, mesh: Mesh | None = None) -> TrainState:
 
 
 def loss_and_metrics(
-    model: ModelConfig, z_loss_coef: float, graphdef: Any, params: Params, batch: Batch, counts: Counts, train: bool, key: Array | None
+    model: ModelConfig,
+    z_loss_coef: float,
+    graphdef: Any,
+    params: Params,
+    batch: Batch,
+    counts: Counts,
+    train: bool,
+    key: Array | None,
 ) -> tuple[Array, dict[str, Array]]:
     """The loss of one micro-batch and what a run wants to know about it."""
     decoder = merge_model(graphdef, params)
@@ -84,19 +94,25 @@ def loss_and_metrics(
     tokens = chunked_token_loss(hidden, *decoder.head(), batch["targets"], batch["loss_mask"])
     valid = jnp.ones(batch["inputs"].shape, bool) if segments is None else segments > 0
     terms: Terms = total_loss(model, z_loss_coef, tokens, acts, valid, counts)
-    metrics = {"loss": terms.cross_entropy, "z": terms.z, "balance": terms.balance, "router_z": terms.router_z}
+    metrics = {
+        "loss": terms.cross_entropy,
+        "z": terms.z,
+        "balance": terms.balance,
+        "router_z": terms.router_z,
+    }
     return terms.total, metrics | expert_metrics(model, acts, valid, counts)
 
 
-def expert_metrics(model: ModelConfig, acts: dict[str, Array], valid: Array, counts: Counts) -> dict[str, Array]:
+def expert_metrics(
+    model: ModelConfig, acts: dict[str, Array], valid: Array, counts: Counts
+) -> dict[str, Array]:
     """Share of the valid tokens' assignments that each expert of each MoE layer got, and the share dropped."""
     layers = [i for i in range(model.n_layers) if model.is_moe(i)]
     if not layers:
         return {}
     E, A = model.moe.n_experts, model.moe.n_active
-    load = [
-        jnp.sum(jax.nn.one_hot(acts[f"blocks.{i}.moe.expert_ids"], E) * valid[..., None, None], (0, 1, 2)) for i in layers
-    ]
+    chosen = [jax.nn.one_hot(acts[f"blocks.{i}.moe.expert_ids"], E) for i in layers]
+    load = [jnp.sum(ids * valid[..., None, None], (0, 1, 2)) for ids in chosen]
     lost = [jnp.sum(~acts[f"blocks.{i}.moe.kept"] & valid[..., None]) for i in layers]
     total = A * counts.valid_tokens
     return {"expert_load": jnp.stack(load) / total, "dropped": sum(lost) / (len(layers) * total)}
@@ -104,16 +120,22 @@ def expert_metrics(model: ModelConfig, acts: dict[str, Array], valid: Array, cou
 
 def batch_counts(batch: Batch, microbatches: int) -> Counts:
     """What the loss divides by, over the whole batch; at least one, so that an all-masked batch gives zero."""
+    mask = batch["loss_mask"]
     valid = batch["inputs"].size if "segments" not in batch else jnp.sum(batch["segments"] > 0)
-    return Counts(jnp.maximum(jnp.sum(batch["loss_mask"]), 1), jnp.maximum(jnp.asarray(valid), 1), microbatches)
+    valid = jnp.maximum(jnp.asarray(valid), 1).astype(mask.dtype)
+    return Counts(jnp.maximum(jnp.sum(mask), 1), valid, microbatches)
 
 
-def make_gradient_fn(run: RunConfig, backends: Backends = Backends()) -> Callable[..., tuple[Params, dict[str, Array]]]:
+def make_gradient_fn(
+    run: RunConfig, backends: Backends = Backends()
+) -> Callable[..., tuple[Params, dict[str, Array]]]:
     """(params, batch, key) -> gradients and metrics of the whole batch, accumulated over micro-batches."""
     graphdef = abstract_model(run.model, backends, remat=run.train.remat).graphdef
     dtype, M = jnp.dtype(run.train.dtype), run.train.accumulation
 
-    def micro(params: Params, batch: Batch, counts: Counts, key: Array | None) -> tuple[Array, dict[str, Array]]:
+    def micro(
+        params: Params, batch: Batch, counts: Counts, key: Array | None
+    ) -> tuple[Array, dict[str, Array]]:
         cast = cast_params(params, dtype)
         return loss_and_metrics(run.model, run.optim.z_loss_coef, graphdef, cast, batch, counts, True, key)
 
@@ -121,7 +143,6 @@ def make_gradient_fn(run: RunConfig, backends: Backends = Backends()) -> Callabl
         wide = jnp.promote_types(dtype, jnp.float32)
         batch = batch | {"loss_mask": batch["loss_mask"].astype(wide)}
         counts = batch_counts(batch, M)
-        counts = counts._replace(loss_tokens=counts.loss_tokens.astype(wide), valid_tokens=counts.valid_tokens.astype(wide))
         value_and_grad = jax.value_and_grad(micro, has_aux=True)
         if M == 1:
             (total, metrics), grads = value_and_grad(params, batch, counts, key)
@@ -166,7 +187,9 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
 
 
-def make_eval_step(run: RunConfig, backends: Backends = Backends()) -> Callable[[Params, Batch], dict[str, Array]]:
+def make_eval_step(
+    run: RunConfig, backends: Backends = Backends()
+) -> Callable[[Params, Batch], dict[str, Array]]:
     """(params, batch) -> summed cross-entropy and loss-carrying tokens of one batch, nothing dropped, no dropout."""
     graphdef = abstract_model(run.model, backends).graphdef
 

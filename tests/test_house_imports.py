@@ -291,7 +291,7 @@ def test_package_init_imports_nothing(package: str) -> None:
 
 
 def loaded(module: str, frameworks: set[str]) -> set[str]:
-    """Which frameworks a fresh interpreter has loaded after importing a module. Skips while the module does not exist."""
+    """Which frameworks importing a module loads in a fresh interpreter. Skips while there is no such module."""
     if not (ROOT / (module.replace(".", "/") + ".py")).exists():
         pytest.skip(f"{module} does not exist yet")
     script = f"import sys, {module}; print(*{frameworks} & sys.modules.keys())"

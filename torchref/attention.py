@@ -134,7 +134,13 @@ class Attention(nn.Module):
     """Projections, rotary positions and attention of one block."""
 
     def __init__(
-        self, config: ModelConfig, layer: int, backends: Backends, *, rngs: torch.Generator | None, dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        layer: int,
+        backends: Backends,
+        *,
+        rngs: torch.Generator | None,
+        dtype: torch.dtype,
     ):
         super().__init__()
         D, N, K, H = config.d_model, config.n_heads, config.n_kv_heads, config.head_dim

@@ -37,7 +37,7 @@ def load_model(directory: Path, backends: Backends = Backends(), device: str = "
         raise CheckpointError(str(error)) from None
     tensors = read_tensors(directory / WEIGHTS, device)
     with torch.device("meta"):
-        model = Decoder(config, backends, rngs=None)  # type: ignore[arg-type]
+        model = Decoder(config, backends, rngs=None)
     expected = {path: tuple(p.shape) for path, p in model.named_parameters()}
     found = {path: tuple(t.shape) for path, t in tensors.items()}
     if expected != found:
@@ -53,6 +53,8 @@ def load_model(directory: Path, backends: Backends = Backends(), device: str = "
 
 def read_tensors(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
     """All tensors of a safetensors file. Raises CheckpointError when it is missing or damaged."""
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path}: there is no such file")
     try:
         with safe_open(path, framework="pt", device=device) as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
@@ -70,7 +72,9 @@ def save_training(state: Any, directory: Path, extra: dict[str, Any]) -> None:
             if p in state.optimizer.state:
                 tensors[f"{name}:{path}"] = state.optimizer.state[p][name].contiguous()
     _write(tensors, directory / "optimizer.safetensors")
-    (directory / "training.json").write_text(json.dumps({"step": state.step} | extra) + "\n", encoding="utf-8")
+    (directory / "training.json").write_text(
+        json.dumps({"step": state.step} | extra) + "\n", encoding="utf-8"
+    )
 
 
 def load_training(state: Any, directory: Path) -> tuple[Any, dict[str, Any]]:
@@ -84,7 +88,9 @@ def load_training(state: Any, directory: Path) -> tuple[Any, dict[str, Any]]:
         for path, p in state.model.named_parameters():
             p.copy_(weights[path])
             if f"exp_avg:{path}" in moments:
-                step = torch.tensor(float(extra["step"]), device=device if state.optimizer.defaults["fused"] else "cpu")
+                step = torch.tensor(
+                    float(extra["step"]), device=device if state.optimizer.defaults["fused"] else "cpu"
+                )
                 entry = {name: moments[f"{name}:{path}"] for name in ("exp_avg", "exp_avg_sq")}
                 state.optimizer.state[p] = {"step": step} | entry
     return state._replace(step=extra["step"]), extra

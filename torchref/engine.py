@@ -32,7 +32,9 @@ class TorchEngine:
         """Continues from a checkpoint; returns what was saved beside the state."""
         if not (self.directory / which / "training.json").is_file():
             raise CheckpointError(f"{self.directory / which}: no checkpoint to restore")
-        self.state, extra = load_training(init_state(self.run, self.device, self.backends), self.directory / which)
+        self.state, extra = load_training(
+            init_state(self.run, self.device, self.backends), self.directory / which
+        )
         return extra
 
     @property
@@ -48,7 +50,8 @@ class TorchEngine:
 
     def train_step(self, batch: dict[str, np.ndarray]) -> Mapping[str, Any]:
         """One optimizer step."""
-        self.state, metrics = self._train(self.state, place_batch(batch, self.device), scalars(self.run.optim, self.step))
+        values = scalars(self.run.optim, self.step)
+        self.state, metrics = self._train(self.state, place_batch(batch, self.device), values)
         return metrics
 
     def evaluate(self, batches: Iterable[dict[str, np.ndarray]]) -> float:

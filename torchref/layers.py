@@ -27,7 +27,9 @@ def upcast(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def make_param(shape: tuple[int, ...], std: float, rngs: torch.Generator | None, dtype: torch.dtype) -> nn.Parameter:
+def make_param(
+    shape: tuple[int, ...], std: float, rngs: torch.Generator | None, dtype: torch.dtype
+) -> nn.Parameter:
     """A weight with its initial standard deviation (normal distribution, untruncated)."""
     value = torch.randn(shape, generator=rngs, dtype=dtype) * std if std else torch.zeros(shape, dtype=dtype)
     return nn.Parameter(value)
@@ -45,9 +47,9 @@ def init_std(config: ModelConfig, fan_in: int, residual: bool = False) -> float:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, over the last axis; the mean upcast, the product in x's dtype (Llama's order).
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis; the mean upcast, the product in x's dtype.
 
-    Source: arXiv:1910.07467, eq. 4.
+    Source: arXiv:1910.07467, eq. 4, in Llama's order of casts.
     """
 
     def __init__(self, dim: int, eps: float, *, dtype: torch.dtype):
@@ -64,7 +66,16 @@ class RMSNorm(nn.Module):
 class Linear(nn.Module):
     """x @ weight.T (+ bias), weight [n_out, n_in]."""
 
-    def __init__(self, n_in: int, n_out: int, *, bias: bool, std: float, rngs: torch.Generator | None, dtype: torch.dtype):
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        *,
+        bias: bool,
+        std: float,
+        rngs: torch.Generator | None,
+        dtype: torch.dtype,
+    ):
         super().__init__()
         self.weight = make_param((n_out, n_in), std, rngs, dtype)
         self.bias = make_param((n_out,), 0.0, rngs, dtype) if bias else None
@@ -122,15 +133,17 @@ class MLP(nn.Module):
         dim, bias = config.d_model, config.mlp_bias
         std = init_std(config, dim)
         self.kind, self.rate = config.mlp, config.dropout
-        self.gate_proj = (
-            Linear(dim, d_ff, bias=bias, std=std, rngs=rngs, dtype=dtype) if config.mlp == "swiglu" else None
-        )
+        gated = config.mlp == "swiglu"
+        self.gate_proj = Linear(dim, d_ff, bias=bias, std=std, rngs=rngs, dtype=dtype) if gated else None
         self.up_proj = Linear(dim, d_ff, bias=bias, std=std, rngs=rngs, dtype=dtype)
-        self.down_proj = Linear(
-            d_ff, dim, bias=bias, std=init_std(config, d_ff, residual=True), rngs=rngs, dtype=dtype
-        )
+        std = init_std(config, d_ff, residual=True)
+        self.down_proj = Linear(d_ff, dim, bias=bias, std=std, rngs=rngs, dtype=dtype)
 
     def forward(self, x: Float[Tensor, "*B D"], key: torch.Generator | None = None) -> Float[Tensor, "*B D"]:
         up = self.up_proj(x)
-        hidden = activate(self.kind, up, None) if self.gate_proj is None else activate(self.kind, self.gate_proj(x), up)
+        hidden = (
+            activate(self.kind, up, None)
+            if self.gate_proj is None
+            else activate(self.kind, self.gate_proj(x), up)
+        )
         return self.down_proj(dropout(hidden, self.rate, key))

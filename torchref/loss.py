@@ -80,7 +80,9 @@ def chunked_token_loss(
         return token_loss(hidden, weight, bias, targets, mask)
     parts = [
         checkpoint(token_loss, x, weight, bias, y, m, use_reentrant=False)
-        for x, y, m in zip(hidden.split(length, 1), targets.split(length, 1), mask.split(length, 1), strict=True)
+        for x, y, m in zip(
+            hidden.split(length, 1), targets.split(length, 1), mask.split(length, 1), strict=True
+        )
     ]
     return TokenLoss(*(torch.stack(terms).sum() for terms in zip(*parts, strict=True)))
 

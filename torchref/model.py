@@ -22,7 +22,13 @@ class Block(nn.Module):
     """Pre-norm attention and feed-forward, each added to the residual stream."""
 
     def __init__(
-        self, config: ModelConfig, layer: int, backends: Backends, *, rngs: torch.Generator | None, dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        layer: int,
+        backends: Backends,
+        *,
+        rngs: torch.Generator | None,
+        dtype: torch.dtype,
     ):
         super().__init__()
         self.attn_norm = RMSNorm(config.d_model, config.norm_eps, dtype=dtype)
@@ -74,7 +80,9 @@ class Decoder(nn.Module):
         self.embed = Embed(V, D, std=embed_std, rngs=rngs, dtype=dtype)
         learned = config.position == "learned"
         self.pos_embed = Embed(config.context, D, std=embed_std, rngs=rngs, dtype=dtype) if learned else None
-        self.blocks = nn.ModuleList([Block(config, i, backends, rngs=rngs, dtype=dtype) for i in range(config.n_layers)])
+        self.blocks = nn.ModuleList(
+            [Block(config, i, backends, rngs=rngs, dtype=dtype) for i in range(config.n_layers)]
+        )
         self.final_norm = RMSNorm(D, config.norm_eps, dtype=dtype)
         bias, std = config.head_bias, init_std(config, D)
         self.lm_head = None if config.tied else Linear(D, V, bias=bias, std=std, rngs=rngs, dtype=dtype)
@@ -149,7 +157,9 @@ class Decoder(nn.Module):
         if self.config.position != "rope":
             return None
         wide = torch.promote_types(dtype, torch.float32)
-        cos, sin = (torch.tensor(table, dtype=wide, device=positions.device) for table in rope_table(self.config))
+        cos, sin = (
+            torch.tensor(table, dtype=wide, device=positions.device) for table in rope_table(self.config)
+        )
         return cos[positions], sin[positions]
 
 

@@ -64,7 +64,9 @@ def balance_loss(
     if reduction == "none" or not logits:
         return torch.zeros((), dtype=logits[0].dtype if logits else torch.float32, device=valid.device)
     if reduction == "mixtral":
-        pooled = [_share_and_probability(layer, chosen, valid) for layer, chosen in zip(logits, ids, strict=True)]
+        pooled = [
+            _share_and_probability(layer, chosen, valid) for layer, chosen in zip(logits, ids, strict=True)
+        ]
         f, p = (torch.stack(part).mean(0) for part in zip(*pooled, strict=True))
         return logits[0].shape[-1] * (f * p).sum()
     if reduction == "maxtext":
@@ -72,18 +74,18 @@ def balance_loss(
         for layer, chosen in zip(logits, ids, strict=True):
             rows = [row for row in range(len(valid)) if valid[row].any()]
             layers.append(
-                torch.stack([_product(layer[r : r + 1], chosen[r : r + 1], valid[r : r + 1]) for r in rows]).mean()
+                torch.stack(
+                    [_product(layer[r : r + 1], chosen[r : r + 1], valid[r : r + 1]) for r in rows]
+                ).mean()
                 if rows
                 else layer.sum() * 0
             )
         return torch.stack(layers).mean()
     losses = torch.stack([_product(layer, chosen, valid) for layer, chosen in zip(logits, ids, strict=True)])
     n_active = ids[0].shape[-1]
-    return losses.mean() if reduction == "layer_mean" else losses.sum() / {
-        "layer_sum": 1,
-        "megatron": n_active,
-        "levanter": n_active**2,
-    }[reduction]
+    if reduction == "layer_mean":
+        return losses.mean()
+    return losses.sum() / {"layer_sum": 1, "megatron": n_active, "levanter": n_active**2}[reduction]
 
 
 def _share_and_probability(logits: Tensor, ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,7 +111,9 @@ def router_z_sum(logits: list[Tensor], valid: Bool[Tensor, "B T"]) -> Float[Tens
 class Experts(nn.Module):
     """E expert MLPs, weights stacked over E: gate_up [E, 2F, D] ([gate | up]) or up [E, F, D], down [E, D, F]."""
 
-    def __init__(self, config: ModelConfig, backends: Backends, *, rngs: torch.Generator | None, dtype: torch.dtype):
+    def __init__(
+        self, config: ModelConfig, backends: Backends, *, rngs: torch.Generator | None, dtype: torch.dtype
+    ):
         super().__init__()
         E, D, F_, bias = config.moe.n_experts, config.d_model, config.expert_d_ff, config.moe.expert_bias
         gated = config.mlp == "swiglu"
@@ -138,7 +142,9 @@ class Experts(nn.Module):
             out_PD = out_PD.index_add(0, token, y)
         return out_PD.view_as(x)
 
-    def expert(self, index: int, x: Float[Tensor, "P D"], key: torch.Generator | None = None) -> Float[Tensor, "P D"]:
+    def expert(
+        self, index: int, x: Float[Tensor, "P D"], key: torch.Generator | None = None
+    ) -> Float[Tensor, "P D"]:
         """The MLP of one expert."""
         up, up_bias = (self.gate_up, self.gate_up_bias) if self.up is None else (self.up, self.up_bias)
         hidden = F.linear(x, up[index].to(x.dtype), None if up_bias is None else up_bias[index].to(x.dtype))
@@ -151,18 +157,26 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """Router, experts and an optional shared expert that every token passes through."""
 
-    def __init__(self, config: ModelConfig, backends: Backends, *, rngs: torch.Generator | None, dtype: torch.dtype):
+    def __init__(
+        self, config: ModelConfig, backends: Backends, *, rngs: torch.Generator | None, dtype: torch.dtype
+    ):
         super().__init__()
         D, moe = config.d_model, config.moe
         std = init_std(config, D)
         self.router = Linear(D, moe.n_experts, bias=False, std=std, rngs=rngs, dtype=dtype)
         self.experts = Experts(config, backends, rngs=rngs, dtype=dtype)
         self.shared = MLP(config, moe.shared_d_ff, rngs=rngs, dtype=dtype) if moe.shared_d_ff else None
-        self.shared_gate = Linear(D, 1, bias=False, std=std, rngs=rngs, dtype=dtype) if moe.shared_gate else None
+        self.shared_gate = (
+            Linear(D, 1, bias=False, std=std, rngs=rngs, dtype=dtype) if moe.shared_gate else None
+        )
         self.config = moe
 
     def forward(
-        self, x: Float[Tensor, "B T D"], valid: Bool[Tensor, "B T"], train: bool, key: torch.Generator | None = None
+        self,
+        x: Float[Tensor, "B T D"],
+        valid: Bool[Tensor, "B T"],
+        train: bool,
+        key: torch.Generator | None = None,
     ) -> tuple[Float[Tensor, "B T D"], dict[str, Tensor]]:
         """The layer's output and its activations; a capacity limit holds in training only."""
         routing = self.routing(x, valid, train)

@@ -54,7 +54,9 @@ def decays(config: OptimConfig, path: str) -> bool:
     """Whether weight decay touches a parameter. Raises ValueError unless exactly one policy line names it."""
     kinds = [kind for pattern, kind in DECAY_POLICY if re.fullmatch(pattern, path)]
     if len(kinds) != 1:
-        raise ValueError(f"parameter {path!r} matches {len(kinds)} lines of the weight decay policy; it must match one")
+        raise ValueError(
+            f"parameter {path!r} matches {len(kinds)} lines of the weight decay policy; it must match one"
+        )
     return kinds[0] == "matrix" or (kinds[0] == "embedding" and config.decay == "matrices_and_embeddings")
 
 
@@ -85,11 +87,17 @@ def make_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.AdamW:
     ]
     fused = next(model.parameters()).is_cuda
     return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=config.lr, betas=(config.b1, config.b2), eps=config.eps, fused=fused
+        [g for g in groups if g["params"]],
+        lr=config.lr,
+        betas=(config.b1, config.b2),
+        eps=config.eps,
+        fused=fused,
     )
 
 
 def moments(model: nn.Module, optimizer: torch.optim.AdamW) -> AdamState:
     """The Adam moments by parameter path; empty before the first step."""
     named = {path: optimizer.state[p] for path, p in model.named_parameters() if p in optimizer.state}
-    return AdamState({k: s["exp_avg"] for k, s in named.items()}, {k: s["exp_avg_sq"] for k, s in named.items()})
+    return AdamState(
+        {k: s["exp_avg"] for k, s in named.items()}, {k: s["exp_avg_sq"] for k, s in named.items()}
+    )

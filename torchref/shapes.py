@@ -1,4 +1,7 @@
-"""Shape annotations: jaxtyping where it is installed, plain markers elsewhere (the twin of jaxlm.shapes)."""
+"""Shape annotations (the twin of jaxlm.shapes): jaxtyping where it is installed, plain markers elsewhere.
+
+Tests execute them; training never does.
+"""
 
 from typing import Any
 

@@ -22,7 +22,10 @@ from torchref.optim import Scalars, clip_scale, global_norm, make_optimizer
 
 Batch = dict[str, Tensor]
 Params = dict[str, Tensor]
-KEPT_WIDE = ("norm.weight", "router.weight")  # parameters that half-precision runs compute with in master precision
+KEPT_WIDE = (
+    "norm.weight",
+    "router.weight",
+)  # parameters that half-precision runs compute with in master precision
 
 
 class TrainState(NamedTuple):
@@ -39,7 +42,9 @@ def cast_params(params: Params, dtype: torch.dtype) -> Params:
     return {k: v if k.endswith(KEPT_WIDE) else v.to(dtype) for k, v in params.items()}
 
 
-def init_state(run: RunConfig, device: torch.device | str = "cpu", backends: Backends = Backends()) -> TrainState:
+def init_state(
+    run: RunConfig, device: torch.device | str = "cpu", backends: Backends = Backends()
+) -> TrainState:
     """A fresh state from the run's seed."""
     generator = torch.Generator().manual_seed(run.train.seed)
     dtype = getattr(torch, run.train.param_dtype)
@@ -65,7 +70,12 @@ def loss_and_metrics(
     tokens = chunked_token_loss(hidden, *_head(decoder, params), batch["targets"], batch["loss_mask"])
     valid = torch.ones_like(batch["inputs"], dtype=torch.bool) if segments is None else segments > 0
     terms = total_loss(model, z_loss_coef, tokens, acts, valid, counts)
-    metrics = {"loss": terms.cross_entropy, "z": terms.z, "balance": terms.balance, "router_z": terms.router_z}
+    metrics = {
+        "loss": terms.cross_entropy,
+        "z": terms.z,
+        "balance": terms.balance,
+        "router_z": terms.router_z,
+    }
     return terms.total, metrics | expert_metrics(model, acts, valid, counts)
 
 
@@ -90,7 +100,9 @@ def _head(decoder: Decoder, params: Params) -> tuple[Tensor, Tensor | None]:
     return params["lm_head.weight"].T, params.get("lm_head.bias")
 
 
-def expert_metrics(model: ModelConfig, acts: dict[str, Tensor], valid: Tensor, counts: Counts) -> dict[str, Tensor]:
+def expert_metrics(
+    model: ModelConfig, acts: dict[str, Tensor], valid: Tensor, counts: Counts
+) -> dict[str, Tensor]:
     """Share of the valid tokens' assignments that each expert of each MoE layer got, and the share dropped."""
     layers = [i for i in range(model.n_layers) if model.is_moe(i)]
     if not layers:
@@ -113,7 +125,9 @@ def make_gradient_fn(run: RunConfig) -> Callable[..., tuple[Params, dict[str, Te
     """(decoder, batch, key) -> gradients and metrics of the whole batch, accumulated over micro-batches."""
     dtype, M = getattr(torch, run.train.dtype), run.train.accumulation
 
-    def gradients(decoder: Decoder, batch: Batch, key: torch.Generator | None = None) -> tuple[Params, dict[str, Tensor]]:
+    def gradients(
+        decoder: Decoder, batch: Batch, key: torch.Generator | None = None
+    ) -> tuple[Params, dict[str, Tensor]]:
         wide = torch.promote_types(dtype, torch.float32)
         batch = batch | {"loss_mask": batch["loss_mask"].to(wide)}
         counts = batch_counts(batch, M)
@@ -123,7 +137,9 @@ def make_gradient_fn(run: RunConfig) -> Callable[..., tuple[Params, dict[str, Te
         for m in range(M):
             rows = {k: v[m::M] for k, v in batch.items()}
             cast = cast_params(params, dtype)
-            total, part = loss_and_metrics(run.model, run.optim.z_loss_coef, decoder, cast, rows, counts, True, key)
+            total, part = loss_and_metrics(
+                run.model, run.optim.z_loss_coef, decoder, cast, rows, counts, True, key
+            )
             found = torch.autograd.grad(total, list(params.values()), allow_unused=True)
             for (path, p), g in zip(params.items(), found, strict=True):
                 g = torch.zeros_like(p) if g is None else g
@@ -169,7 +185,9 @@ def make_eval_step(run: RunConfig) -> Callable[[Decoder, Batch], dict[str, Tenso
     def evaluate(decoder: Decoder, batch: Batch) -> dict[str, Tensor]:
         cast = cast_params(dict(decoder.named_parameters()), dtype)
         arguments = (batch["inputs"], batch.get("positions"), batch.get("segments"))
-        hidden, _, _ = torch.func.functional_call(_Caller(decoder), _under(cast), arguments, {"method": "hidden"})
+        hidden, _, _ = torch.func.functional_call(
+            _Caller(decoder), _under(cast), arguments, {"method": "hidden"}
+        )
         tokens = chunked_token_loss(hidden, *_head(decoder, cast), batch["targets"], batch["loss_mask"])
         return {"loss_sum": tokens.cross_entropy, "tokens": batch["loss_mask"].sum()}
 

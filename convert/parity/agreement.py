@@ -63,7 +63,9 @@ def float64_agreement(run: RunConfig, params: Flat, twin: Decoder, batch: dict[s
         wide = {path: jnp.asarray(value, jnp.float64) for path, value in params.items()}
         graphdef = abstract_model(run.model, dtype=jnp.float64).graphdef
         apply = jax.jit(
-            lambda p, b: merge_model(graphdef, p)(b["inputs"], b.get("positions"), b.get("segments"), train=True)[0]
+            lambda p, b: merge_model(graphdef, p)(
+                b["inputs"], b.get("positions"), b.get("segments"), train=True
+            )[0]
         )
         logits = np.asarray(apply(wide, batch))
         jax_grads, jax_metrics = jax.jit(make_gradient_fn(run, Backends()))(wide, batch)

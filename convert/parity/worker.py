@@ -60,7 +60,10 @@ def run_jax(case: Path, dtype: str, device: str) -> dict[str, np.ndarray]:
         out = jax.jit(logits)(params, batch)
         grads, metrics = jax.jit(make_gradient_fn(run))(params, batch)
     result = {f"grad:{path}": g for path, g in grads.items()} | {"logits": out, "loss": metrics["total_loss"]}
-    return {name: np.asarray(value.astype(jnp.promote_types(value.dtype, jnp.float32))) for name, value in result.items()}
+    return {
+        name: np.asarray(value.astype(jnp.promote_types(value.dtype, jnp.float32)))
+        for name, value in result.items()
+    }
 
 
 def run_torch(case: Path, dtype: str, device: str) -> dict[str, np.ndarray]:

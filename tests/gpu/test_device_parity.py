@@ -62,7 +62,9 @@ def _random_weights(config, rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 def _run(directory: Path, framework: str, dtype: str, device: str) -> dict[str, np.ndarray]:
     command = [sys.executable, "-m", "convert.parity.worker", framework, dtype, device, str(directory)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()})
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()}
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(np.load(directory / f"{framework}-{dtype}-{device}.npz", allow_pickle=False))
 
@@ -73,7 +75,11 @@ def _whole(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, floa
     top = np.sqrt(sum(np.sum((a[k].astype(np.float64) - b[k]) ** 2) for k in names))
     scale = np.sqrt(sum(np.sum(b[k].astype(np.float64) ** 2) for k in names))
     logits = np.linalg.norm(a["logits"].astype(np.float64) - b["logits"]) / np.linalg.norm(b["logits"])
-    return {"logits": float(logits), "gradient": float(top / scale), "loss": float(abs(a["loss"] - b["loss"]) / b["loss"])}
+    return {
+        "logits": float(logits),
+        "gradient": float(top / scale),
+        "loss": float(abs(a["loss"] - b["loss"]) / b["loss"]),
+    }
 
 
 def check(directory: Path, case: str, dtype: str, device: str) -> None:
@@ -88,7 +94,9 @@ def check(directory: Path, case: str, dtype: str, device: str) -> None:
     cap = tolerance(f"device_{case}_{dtype}_cap")
     for name in ("logits", "gradient"):
         assert e_jax[name] <= cap, f"{name}: jaxlm is {e_jax[name]:.1e} from float64, allowed {cap:.0e}"
-        assert e_jax[name] <= ratio * e_torch[name], f"{name}: jaxlm {e_jax[name]:.1e}, torch {e_torch[name]:.1e}"
+        assert e_jax[name] <= ratio * e_torch[name], (
+            f"{name}: jaxlm {e_jax[name]:.1e}, torch {e_torch[name]:.1e}"
+        )
     assert e_jax["loss"] <= cap
 
 

@@ -120,7 +120,7 @@ def test_restore_onto_another_mesh_is_bitwise(tmp_path: Path) -> None:
 
 def test_newest_and_best_are_kept(tmp_path: Path) -> None:
     """keep=2 leaves the two newest and the one of lowest validation loss; NaN is never best."""
-    checkpoints = saved(tmp_path, 10, 20, 30, 40, 50, losses=(3.0, 1.0, float("nan"), 2.0, None))
+    checkpoints = saved(tmp_path, 10, 20, 30, 40, 50, losses=(float("nan"), 1.0, 3.0, 2.0, None))
     assert checkpoints.steps == [20, 40, 50]
     assert (checkpoints.best_step, checkpoints.latest_step) == (20, 50)
     with jax.enable_x64(True):
@@ -191,12 +191,14 @@ def test_kill_during_save_leaves_the_previous_checkpoint(tmp_path: Path) -> None
     state, extra = checkpoints.restore("latest", like({"a": jnp.zeros(1000)}))
     assert extra == {"at": 1}
     np.testing.assert_array_equal(state["a"], np.arange(1000.0))
-    checkpoints.save(2, state, {})
+    checkpoints.save(3, state, {})
     checkpoints.close()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "3"]
 
 
-def test_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_full_disk_leaves_the_previous_checkpoint(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     """A file size limit fails the write in the background; one line says what is intact, and the remains are gone."""
     checkpoints = saved(tmp_path, 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -209,7 +211,7 @@ def test_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, capfd: pytest.
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [p.name for p in tmp_path.iterdir()] == ["1"]
-    assert capfd.readouterr() == ("", "")
+    assert (capfd.readouterr(), caplog.messages) == (("", ""), []), "orbax's own report of it is noise"
     checkpoints.verify(1)
     checkpoints.save(3, large, {})
     checkpoints.close()
@@ -255,8 +257,6 @@ def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
             path.write_bytes(damaged)
             with pytest.raises(CheckpointError, match="checkpoint of step 1 is damaged"):
                 checkpoints.verify(1)
-        path.write_bytes(whole)
-    checkpoints.verify(1)
         path.write_bytes(whole)
     checkpoints.verify(1)
 

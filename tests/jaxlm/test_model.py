@@ -211,12 +211,13 @@ def test_readable_and_fast_attention_are_equal(window: int, x64: None) -> None:
 
 def test_gradients_reach_exactly_the_visible_keys(x64: None) -> None:
     """d out[i] / d v[j] is non-zero if and only if query i may see key j."""
-    q, k, v, _, segments = attention_inputs()
+    *arrays, _, segments = attention_inputs()
+    q, k, v = (jnp.asarray(x) for x in arrays)
 
     @quick_jit
     def reach(mask):
         """|d out[b, i] / d v[c, j]|, as [b, c, i, j]."""
-        jacobian = jax.jacrev(lambda v: fast_attention(q, k, v, mask, None, 0.0, None).sum((2, 3)))(jnp.asarray(v))
+        jacobian = jax.jacrev(lambda v: fast_attention(q, k, v, mask, None, 0.0, None).sum((2, 3)))(v)
         return jnp.moveaxis(jnp.abs(jacobian).sum((-1, -2)), 2, 1)
 
     for window in (0, 1, 2, 5):

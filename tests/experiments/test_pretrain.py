@@ -1,0 +1,278 @@
+"""Training from the command line: exact resumption, every preset, one clear line for bad input."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import export, pretrain, sample
+from entry import SMALL, SMALL_MOE, run, sentences
+from jaxlm.metrics import read_metrics
+from jaxlm.presets import PRESETS
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A text file to train on."""
+    path = tmp_path / "text.txt"
+    path.write_text(sentences(900), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    """Calls an entry point's main with words."""
+    return lambda main, *words: run(main, [str(w) for w in words], capsys, monkeypatch)
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_resume_is_bitwise(call, tmp_path: Path, text: Path, framework: str) -> None:
+    """6 steps and 6 more give the losses of 12 at once, each step once in the log."""
+    common = [*SMALL, *SMALL_MOE, "--data.path", text, "--framework", framework, "--optim.decay-steps", 12]
+    parts, whole = tmp_path / "parts", tmp_path / "whole"
+    for steps, where, more in ((6, parts, []), (12, parts, ["--resume"]), (12, whole, [])):
+        done = call(pretrain.main, "quickstart", *common, "--train.steps", steps, "--run-dir", where, *more)
+        assert done.code == 0, done.err
+    logs = [read_metrics(where / "metrics.jsonl") for where in (parts, whole)]
+    assert [row["step"] for row in logs[0]] == list(range(1, 13))
+    for name in ("loss", "grad_norm", "lr", "tokens", "expert_load"):
+        assert [row[name] for row in logs[0]] == [row[name] for row in logs[1]], name
+
+
+def test_resume_with_nothing_there_starts_fresh_and_says_so(call, tmp_path: Path, text: Path) -> None:
+    """--resume on an empty place is a start, said aloud."""
+    words = [
+        *SMALL,
+        *SMALL_MOE,
+        "--data.path",
+        text,
+        "--train.steps",
+        1,
+        "--run-dir",
+        tmp_path / "run",
+        "--resume",
+    ]
+    done = call(pretrain.main, "quickstart", *words)
+    assert done.code == 0 and "nothing to resume" in done.err
+
+
+def _shrunk(name: str) -> list[str]:
+    moe = SMALL_MOE if PRESETS[name].config.model.moe.n_experts else []
+    return [name, *SMALL, *moe, "--train.steps", "20", "--train.eval-every", "20"]
+
+
+QUICK = ("quickstart", "gptoss-original", "minigpt-124m")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in PRESETS]
+)
+def test_every_preset_trains_samples_and_exports_in_both_frameworks(
+    call, tmp_path: Path, text: Path, name: str
+) -> None:
+    """Shrunk from the command line: 20 steps in JAX and in torch, a sample, the export and its float64 proof."""
+    where = {framework: tmp_path / framework for framework in ("jax", "torch")}
+    for framework, directory in where.items():
+        words = [*_shrunk(name), "--data.path", text, "--framework", framework, "--run-dir", directory]
+        done = call(pretrain.main, *words)
+        assert done.code == 0, done.err
+        losses = [row["loss"] for row in read_metrics(directory / "metrics.jsonl")]
+        assert len(losses) == 20 and losses[-1] < losses[0]
+    for framework, directory in where.items():
+        words = ["--prompt", "The cat", "--max-new-tokens", 8, "--greedy", "--framework", framework]
+        done = call(sample.main, directory, *words)
+        assert done.code == 0 and done.out.startswith("The cat"), done.err
+    done = call(export.main, where["jax"], tmp_path / "exported")
+    assert done.code == 0 and ": agree" in done.err, done.err
+
+
+def _bad_inputs(tmp: Path) -> dict[str, tuple[list[str], list[str]]]:
+    files = {
+        "empty.txt": b"",
+        "short.txt": b"ten words are not enough text to train on",
+        "latin.txt": "caf\xe9 ".encode("latin-1") * 400,
+        "good.txt": sentences(900).encode(),
+    }
+    for name, content in files.items():
+        (tmp / name).write_bytes(content)
+    good = ["quickstart", *SMALL, *SMALL_MOE, "--data.path", str(tmp / "good.txt")]
+
+    def data(name: str) -> list[str]:
+        return [*good[:-1], str(tmp / name)]
+
+    return {
+        "missing file": (data("god.txt"), ["god.txt", "good.txt"]),
+        "empty file": (data("empty.txt"), ["empty.txt", "empty"]),
+        "short file": (data("short.txt"), ["41"]),
+        "not utf-8": (data("latin.txt"), ["latin.txt", "UTF-8"]),
+        "unknown preset": (["quickstrt", *good[1:]], ["quickstrt", "'quickstart'"]),
+        "no preset": (good[1:], ["preset", "quickstart"]),
+        "unknown option": ([*good, "--model.n-layer", "2"], ["--model.n-layer", "--model.n-layers"]),
+        "bad value": ([*good, "--optim.lr", "many"], ["--optim.lr", "many"]),
+        "heads": ([*good, "--model.n-heads", "3"], ["n_heads=3", "n_kv_heads=2"]),
+        "mesh": ([*good, "--mesh", "data=4,fsdp=4", "--train.batch-size", "32"], ["16", "8 "]),
+        "mesh axis": ([*good, "--mesh", "dta=2"], ["dta", "data"]),
+        "tokenizer": ([*good, "--data.tokenizer", "nowhere.json"], ["nowhere.json"]),
+    }
+
+
+BAD = (
+    "missing file",
+    "empty file",
+    "short file",
+    "not utf-8",
+    "unknown preset",
+    "no preset",
+    "unknown option",
+    "bad value",
+    "heads",
+    "mesh",
+    "mesh axis",
+    "tokenizer",
+)
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_writes_nothing(call, tmp_path: Path, case: str) -> None:
+    """Exit code 2, one line that names what is wrong, no run directory."""
+    words, expected = _bad_inputs(tmp_path)[case]
+    done = call(pretrain.main, *words, "--run-dir", tmp_path / "run", "--train.steps", 2)
+    lines = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert done.code == 2 and len(lines) == 1 and done.err.rstrip().endswith(lines[0]), done.err
+    assert "Traceback" not in done.err
+    for part in expected:
+        assert part in lines[0], lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def started(call, tmp_path: Path, text: Path) -> tuple[Path, list]:
+    """A finished run of two steps, and the words that made it."""
+    words = ["quickstart", *SMALL, *SMALL_MOE, "--data.path", text, "--run-dir", tmp_path / "run"]
+    done = call(pretrain.main, *words, "--train.steps", 2)
+    assert done.code == 0, done.err
+    return tmp_path / "run", words
+
+
+def _contents(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+def test_a_directory_with_another_run_is_refused_untouched(call, started) -> None:
+    """Without --resume, and with --resume but another model: one line with both values, nothing lost."""
+    directory, words = started
+    before = _contents(directory)
+    done = call(pretrain.main, *words, "--train.steps", 4)
+    assert done.code == 2 and "--resume" in done.err
+    done = call(pretrain.main, *words, "--train.steps", 4, "--resume", "--optim.lr", 0.5)
+    assert done.code == 2 and "optim.lr" in done.err and "0.5" in done.err and "0.00" in done.err, done.err
+    assert _contents(directory) == before
+
+
+def test_a_run_goes_on_in_its_own_framework_only(call, started) -> None:
+    """A JAX run is not silently restarted in torch."""
+    directory, words = started
+    done = call(pretrain.main, *words, "--train.steps", 4, "--resume", "--framework", "torch")
+    assert done.code == 2 and "--framework jax" in done.err
+
+
+def test_a_damaged_shard_is_named(call, started) -> None:
+    """One flipped bit in the tokens is found before training goes on."""
+    directory, words = started
+    shard = directory / "data" / "train" / "shard_0000.npy"
+    content = bytearray(shard.read_bytes())
+    content[-9] ^= 1
+    shard.write_bytes(content)
+    done = call(pretrain.main, *words, "--train.steps", 4, "--resume")
+    assert done.code == 2 and "shard_0000.npy" in done.err, done.err
+
+
+def test_a_token_id_out_of_vocabulary_is_named(call, started) -> None:
+    """An id past the model's vocabulary is refused, with its value: JAX would clamp it silently."""
+    import hashlib
+
+    directory, words = started
+    folder = directory / "data" / "train"
+    tokens = np.load(folder / "shard_0000.npy")
+    tokens[7] = 60_000
+    np.save(folder / "shard_0000.npy", tokens)
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["shards"][0]["sha256"] = hashlib.sha256((folder / "shard_0000.npy").read_bytes()).hexdigest()
+    (folder / "meta.json").write_text(json.dumps(meta))
+    done = call(pretrain.main, *words, "--train.steps", 4, "--resume")
+    assert done.code == 2 and "60000" in done.err.replace(",", "") and "320" in done.err, done.err
+
+
+def _limited(words: list, size: int) -> subprocess.CompletedProcess:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    command = [sys.executable, "-m", "experiments.pretrain", *map(str, words)]
+    return subprocess.run(
+        command, preexec_fn=limit, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}
+    )
+
+
+def test_no_space_for_the_data_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    """A disk that is full while the tokens are written."""
+    text = tmp_path / "long.txt"
+    text.write_text(sentences(20_000), encoding="utf-8")
+    words = [
+        "quickstart",
+        *SMALL,
+        *SMALL_MOE,
+        "--data.path",
+        text,
+        "--run-dir",
+        tmp_path / "run",
+        "--train.steps",
+        2,
+    ]
+    done = _limited(words, 60_000)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "no space" in done.stderr and not (tmp_path / "run").exists()
+
+
+def test_no_space_for_a_checkpoint_keeps_the_previous_one(call, started) -> None:
+    """A disk that is full at a later save: one line, and the run still resumes from where it was."""
+    directory, words = started
+    done = _limited([*words, "--train.steps", 4, "--resume"], 30_000)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    done = call(pretrain.main, *words, "--train.steps", 4, "--resume")
+    assert done.code == 0 and "resumed at step 2" in done.err, done.err
+
+
+def test_the_first_interrupt_saves_and_ends_in_order(tmp_path: Path, text: Path) -> None:
+    """SIGTERM during training: the step is finished, saved, exit code 0, and the run resumes there."""
+    import signal
+    import time
+
+    directory = tmp_path / "run"
+    words = [
+        "quickstart",
+        *SMALL,
+        *SMALL_MOE,
+        "--data.path",
+        text,
+        "--run-dir",
+        directory,
+        "--train.steps",
+        "100000",
+    ]
+    command = [sys.executable, "-m", "experiments.pretrain", *map(str, words)]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}
+    )
+    log, deadline = directory / "metrics.jsonl", time.monotonic() + 120
+    while (not log.exists() or log.stat().st_size < 2000) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "SIGTERM: saved at step" in err, err
+    last = read_metrics(log)[-1]["step"]
+    assert (directory / "checkpoints" / str(last)).is_dir()

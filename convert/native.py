@@ -3,8 +3,10 @@
 The same table pairs weights, gradients and optimizer moments; activations have equal names and layouts.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -42,7 +44,9 @@ def to_jax(config: ModelConfig, flat: Flat) -> Flat:
     return convert(pairs(config), flat, inverse=True)
 
 
-def build_torch(config: ModelConfig, params: Params | Flat, backends: Backends = Backends()) -> Decoder:
+def build_torch(
+    config: ModelConfig, params: Mapping[str, jax.Array | np.ndarray], backends: Backends = Backends()
+) -> Decoder:
     """The torch twin of jaxlm parameters, in their dtype."""
     with torch.device("meta"):
         model = Decoder(config, backends, rngs=None, dtype=torch.float32)
@@ -50,7 +54,7 @@ def build_torch(config: ModelConfig, params: Params | Flat, backends: Backends =
     return model
 
 
-def export_torch(config: ModelConfig, params: Params | Flat, directory: Path) -> None:
+def export_torch(config: ModelConfig, params: Mapping[str, jax.Array | np.ndarray], directory: Path) -> None:
     """Writes jaxlm parameters as a torchref checkpoint: model.safetensors and config.json."""
     save_model(build_torch(config, params), directory)
 

@@ -15,7 +15,7 @@ Flat = dict[str, np.ndarray]
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
-def from_jax(params: Mapping[str, jax.Array]) -> Flat:
+def from_jax(params: Mapping[str, jax.Array | np.ndarray]) -> Flat:
     """jaxlm parameters as host arrays."""
     return {path: np.asarray(value) for path, value in params.items()}
 

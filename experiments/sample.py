@@ -68,9 +68,11 @@ class Sampler:
         except UnicodeEncodeError:
             raise ConfigError("the prompt is not valid UTF-8") from None
         ids = self.tokenizer.encode(prompt)
-        if not ids and self.tokenizer.eos_id is None:
-            raise ConfigError("the prompt is empty and the tokenizer has no token that starts a document")
-        return stream_text(self.tokenizer, self._stream(ids or [self.tokenizer.eos_id], self.settings))
+        if not ids:
+            if self.tokenizer.eos_id is None:
+                raise ConfigError("the prompt is empty and the tokenizer has no token that starts a document")
+            ids = [self.tokenizer.eos_id]
+        return stream_text(self.tokenizer, self._stream(ids, self.settings))
 
 
 def main(argv: list[str]) -> int:

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -42,7 +42,7 @@ class JaxEngine:
         with self._on_mesh():
             self.state, self._step = init_state(self.run, self.mesh), 0
 
-    def restore(self, which: int | str = "latest") -> dict[str, Any]:
+    def restore(self, which: int | Literal["latest", "best"] = "latest") -> dict[str, Any]:
         """Continues from a checkpoint, onto whatever mesh this run has; returns what was saved beside the state."""
         shapes = state_shapes(self.run)
         if self.mesh is None:
@@ -53,8 +53,8 @@ class JaxEngine:
         template = jax.tree.map(
             lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places
         )
-        self.state, extra = self.checkpoints.restore(which, template)
-        self._step = int(self.state.step)
+        state, extra = self.checkpoints.restore(which, template)
+        self.state, self._step = state, int(state.step)
         return extra
 
     @property
@@ -75,6 +75,7 @@ class JaxEngine:
 
     def train_step(self, batch: dict[str, np.ndarray]) -> Mapping[str, Any]:
         """One optimizer step; the metrics are futures."""
+        assert self.state is not None, "initialise() or restore() first"
         values = as_arrays(scalars(self.run.optim, self._step), np.dtype(self.run.train.param_dtype))
         with self._on_mesh():
             self.state, metrics = self._train(self.state, place_batch(batch, self.mesh), values)

@@ -93,7 +93,9 @@ def expert_mlp(
     if backend == "auto":
         backend = "blocks" if jax.default_backend() == "cpu" else "batched"
     key, rate = hidden_dropout or (None, 0.0)
-    keep = jax.random.bernoulli(key, 1 - rate, (*ids.shape, weights.down.shape[1])) if rate > 0 else None
+    keep = None
+    if key is not None and rate > 0:
+        keep = jax.random.bernoulli(key, 1 - rate, (*ids.shape, weights.down.shape[1]))
     if backend == "loop":
         return _loop(x, weights, ids, combine, keep, activation, rate)
     if tiles is None:

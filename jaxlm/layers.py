@@ -123,6 +123,7 @@ def activate(kind: str, gate: Array, up: Array | None) -> Array:
     Sources: arXiv:2002.05202 (SwiGLU), arXiv:1606.08415 (GELU).
     """
     if kind == "swiglu":
+        assert up is not None, "swiglu has two projections"
         return jax.nn.silu(gate) * up
     return jax.nn.gelu(gate, approximate=kind == "gelu_tanh")
 

@@ -133,6 +133,7 @@ def fit(
             evaluating, saving = step % train.eval_interval == 0, step % train.save_interval == 0
             if not (evaluating or saving or last):
                 continue
+            _plain(metrics["loss"])  # the step ends before the clock stops
             with meter.paused():
                 extra = {}
                 if (evaluating or step == train.steps) and validation:

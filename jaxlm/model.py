@@ -56,7 +56,8 @@ class Block(nnx.Module):
         acts |= {f"attn.{name}": value for name, value in attn_acts.items()} | {"attn": attn_out}
         x = constrain(x + attn_out, ("batch", None, None))
         acts["mlp_norm"] = self.mlp_norm(x)
-        if self.moe is not None:
+        if self.mlp is None:
+            assert self.moe is not None
             mlp_out, moe_acts = self.moe(acts["mlp_norm"], valid, train, mlp_key)
             acts |= {f"moe.{name}": value for name, value in moe_acts.items()} | {"moe": mlp_out}
         else:

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxlm.config import ModelConfig
-from jaxlm.grouped import ExpertWeights, expert_mlp
+from jaxlm.grouped import Activation, Backend, ExpertWeights, expert_mlp
 from jaxlm.layers import MLP, Backends, Linear, init_std, make_param, split_key, upcast
 from jaxlm.shapes import Bool, Float, Int
 from jaxlm.sharding import BATCH_AXES, current_mesh_shape
@@ -114,14 +114,21 @@ class Experts(nnx.Module):
         self.gate_up_bias, self.up_bias = (up_bias, None) if gated else (None, up_bias)
         self.down = make_param((E, F, D), ("experts", "ffn", "embed"), down_std, rngs, dtype)
         self.down_bias = make_param((E, D), ("experts", None), 0.0, rngs, dtype) if bias else None
-        self.kind, self.rate, self.backend = config.mlp, config.dropout, backends.experts
+        self.kind: Activation = config.mlp
+        self.rate = config.dropout
+        self.backend: Backend = backends.experts
 
     def weights(self, dtype: DTypeLike) -> ExpertWeights:
         """The stacked weights in the dtype of the computation."""
         up = self.gate_up if self.up is None else self.up
         up_bias = self.gate_up_bias if self.up is None else self.up_bias
+        assert up is not None
+
+        def cast(bias: nnx.Param | None) -> Array | None:
+            return None if bias is None else bias[...].astype(dtype)
+
         return ExpertWeights(
-            *(None if p is None else p[...].astype(dtype) for p in (up, up_bias, self.down, self.down_bias))
+            up[...].astype(dtype), cast(up_bias), self.down[...].astype(dtype), cast(self.down_bias)
         )
 
     def __call__(

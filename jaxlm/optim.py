@@ -31,10 +31,10 @@ CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm
 class Scalars(NamedTuple):
     """What one AdamW step needs besides arrays, computed in double on the host."""
 
-    lr: float | Array  # learning rate
-    step_size: float | Array  # lr / (1 - b1^t)
-    bias2_root: float | Array  # sqrt(1 - b2^t)
-    decay: float | Array  # lr * weight_decay
+    lr: Any  # learning rate; all four are floats, or 0-d arrays under jit
+    step_size: Any  # lr / (1 - b1^t)
+    bias2_root: Any  # sqrt(1 - b2^t)
+    decay: Any  # lr * weight_decay
 
 
 def learning_rate(config: OptimConfig, step: int) -> float:
@@ -86,9 +86,9 @@ class AdamState(NamedTuple):
 def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     """The clip as a link of the chain."""
 
-    def update(grads, state, params=None):
-        scale = clip_scale(global_norm(grads), limit)
-        return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), state
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        scale = clip_scale(global_norm(updates), limit)
+        return jax.tree.map(lambda g: g * scale.astype(g.dtype), updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
@@ -99,12 +99,13 @@ def scale_by_exact_adamw(config: OptimConfig) -> optax.GradientTransformationExt
     Source: arXiv:1711.05101, algorithm 2.
     """
 
-    def init(params):
+    def init(params: Any) -> AdamState:
         return AdamState(jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params))
 
-    def update(grads, state, params=None, *, scalars: Scalars, **_):
-        m = jax.tree.map(lambda g, m: m + (1 - config.b1) * (g - m), grads, state.m)
-        v = jax.tree.map(lambda g, v: config.b2 * v + (1 - config.b2) * g * g, grads, state.v)
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, AdamState]:
+        scalars: Scalars = extra["scalars"]
+        m = jax.tree.map(lambda g, m: m + (1 - config.b1) * (g - m), updates, state.m)
+        v = jax.tree.map(lambda g, v: config.b2 * v + (1 - config.b2) * g * g, updates, state.v)
 
         def leaf(path: str, p: Array, m: Array, v: Array) -> Array:
             lr, step_size, root, decay = (jnp.asarray(s, p.dtype) for s in scalars)

@@ -21,7 +21,7 @@ BACKGROUND, GRID, TEXT, MUTED = "#14171c", "#2b313a", "#e6e9ee", "#9aa4b2"
 TRAIN, VALIDATION = "#5aa9ff", "#ffb454"
 BASELINES = ("#8f9bab", "#b78cf7", "#6bd6a8", "#f2789f", "#d7c66b")
 HEAT = "viridis"
-STYLE: dict[str, Any] = {
+STYLE: dict[Any, Any] = {
     "figure.facecolor": BACKGROUND,
     "savefig.facecolor": BACKGROUND,
     "axes.facecolor": BACKGROUND,

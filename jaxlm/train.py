@@ -51,7 +51,8 @@ def state_shardings(run: RunConfig, mesh: Mesh, abstract: Abstract) -> TrainStat
     opt_shapes = jax.eval_shape(make_optimizer(run.optim).init, abstract.shapes)
     is_params = partial(_is_params, keys=frozenset(params))
     opt = jax.tree.map(lambda x: params if is_params(x) else whole, opt_shapes, is_leaf=is_params)
-    return TrainState(whole, params, opt, whole)
+    places: Any = (whole, params, opt, whole)
+    return TrainState(*places)
 
 
 def _is_params(x: Any, keys: frozenset[str]) -> bool:
@@ -91,7 +92,8 @@ def loss_and_metrics(
     decoder = merge_model(graphdef, params)
     segments = batch.get("segments")
     hidden, acts, _ = decoder.hidden(batch["inputs"], batch.get("positions"), segments, train=train, key=key)
-    tokens = chunked_token_loss(hidden, *decoder.head(), batch["targets"], batch["loss_mask"])
+    weight, bias = decoder.head()
+    tokens = chunked_token_loss(hidden, weight, bias, batch["targets"], batch["loss_mask"])
     valid = jnp.ones(batch["inputs"].shape, bool) if segments is None else segments > 0
     terms: Terms = total_loss(model, z_loss_coef, tokens, acts, valid, counts)
     metrics = {
@@ -176,6 +178,7 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(state.seed), state.step) if run.model.dropout else None
         grads, metrics = gradients(state.params, batch, key)
         norm = global_norm(grads)
+        updates: Any
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, scalars=scalars)
         params = {k: p + updates[k] for k, p in state.params.items()}
         metrics |= {"grad_norm": norm, "clip_scale": clip_scale(norm, run.optim.clip_norm), "lr": scalars.lr}
@@ -196,7 +199,8 @@ def make_eval_step(
     def evaluate(params: Params, batch: Batch) -> dict[str, Array]:
         decoder = merge_model(graphdef, cast_params(params, jnp.dtype(run.train.dtype)))
         hidden, _, _ = decoder.hidden(batch["inputs"], batch.get("positions"), batch.get("segments"))
-        tokens = chunked_token_loss(hidden, *decoder.head(), batch["targets"], batch["loss_mask"])
+        weight, bias = decoder.head()
+        tokens = chunked_token_loss(hidden, weight, bias, batch["targets"], batch["loss_mask"])
         return {"loss_sum": tokens.cross_entropy, "tokens": jnp.sum(batch["loss_mask"])}
 
     return jax.jit(evaluate)

@@ -1,4 +1,4 @@
-"""What several test files share: tiny models that hide no bug behind a default, hard batches, and how errors are measured."""
+"""What test files share: tiny models that hide no bug behind a default, hard batches, and how errors are measured."""
 
 import dataclasses
 import math
@@ -25,8 +25,18 @@ def tiny(moe: Mapping[str, Any] | None = None, **changes: Any) -> ModelConfig:
 
     D != N*H, so no projection is square; N/K = 3 differs from K = 2; theta and eps differ from every library's default.
     """
-    experts = MoEConfig() if moe is None else MoEConfig(**({"n_experts": 4, "n_active": 2, "d_ff": 20} | dict(moe)))
-    sizes = {"vocab_size": V, "d_model": 24, "n_layers": 2, "n_heads": 6, "n_kv_heads": 2, "head_dim": 6, "d_ff": 40}
+    experts = (
+        MoEConfig() if moe is None else MoEConfig(**({"n_experts": 4, "n_active": 2, "d_ff": 20} | dict(moe)))
+    )
+    sizes = {
+        "vocab_size": V,
+        "d_model": 24,
+        "n_layers": 2,
+        "n_heads": 6,
+        "n_kv_heads": 2,
+        "head_dim": 6,
+        "d_ff": 40,
+    }
     rest = {"context": 32, "rope_theta": 5e4, "norm_eps": 3e-6, "moe": experts}
     return ModelConfig(**(sizes | rest | changes))
 
@@ -36,8 +46,17 @@ def tiny_run(
 ) -> RunConfig:
     """A float64 run of a few steps: warmup, decay, an active clip and a z-loss; `train` changes TrainConfig."""
     loop = {"steps": 10, "batch_size": 4, "seq_len": T, "dtype": "float64", "param_dtype": "float64"}
-    chosen = {"lr": 1e-3, "min_lr": 1e-4, "warmup_steps": 3, "decay_steps": 10, "clip_norm": 0.05, "z_loss_coef": 1e-3}
-    run = RunConfig(model, optim=OptimConfig(**(chosen | dict(optim or {}))), train=TrainConfig(**(loop | train)))
+    chosen = {
+        "lr": 1e-3,
+        "min_lr": 1e-4,
+        "warmup_steps": 3,
+        "decay_steps": 10,
+        "clip_norm": 0.05,
+        "z_loss_coef": 1e-3,
+    }
+    run = RunConfig(
+        model, optim=OptimConfig(**(chosen | dict(optim or {}))), train=TrainConfig(**(loop | train))
+    )
     return run if mesh is None else dataclasses.replace(run, mesh=mesh)
 
 
@@ -72,7 +91,9 @@ def hard_batch(rows: int = 4, length: int = T, vocab: int = V, seed: int = 0) ->
     }
 
 
-def random_params(config: ModelConfig, seed: int = 0, init: str | None = None, dtype: Any = np.float64) -> Arrays:
+def random_params(
+    config: ModelConfig, seed: int = 0, init: str | None = None, dtype: Any = np.float64
+) -> Arrays:
     """Parameters of jaxlm drawn by numpy, as wide as `init` says; what starts as zero or one is random too."""
     rng, init = np.random.default_rng(seed), config.init if init is None else init
     params = {}
@@ -107,7 +128,9 @@ def relative_error(a: Any, b: Any, floor: float = 0.0) -> float:
     return difference / max(norm(b), floor, 1e-300) if math.isfinite(difference) else math.inf
 
 
-def tree_errors(a: Mapping[str, Any], b: Mapping[str, Any], zero: Callable[[str], bool] | None = None) -> dict[str, float]:
+def tree_errors(
+    a: Mapping[str, Any], b: Mapping[str, Any], zero: Callable[[str], bool] | None = None
+) -> dict[str, float]:
     """`relative_error` of every tensor, with the floor 1e-6 ||all|| sqrt(n/n_all) for tensors that are nearly zero.
 
     zero: names of gradients that are zero by mathematics; they are measured against ||all|| instead.
@@ -116,7 +139,8 @@ def tree_errors(a: Mapping[str, Any], b: Mapping[str, Any], zero: Callable[[str]
     whole = math.sqrt(sum(norm(x) ** 2 for x in b.values()))
     size = sum(math.prod(x.shape) for x in b.values())
     floors = {
-        name: whole if zero and zero(name) else 1e-6 * whole * math.sqrt(math.prod(x.shape) / size) for name, x in b.items()
+        name: whole if zero and zero(name) else 1e-6 * whole * math.sqrt(math.prod(x.shape) / size)
+        for name, x in b.items()
     }
     return {name: relative_error(a[name], b[name], floors[name]) for name in b}
 

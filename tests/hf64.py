@@ -1,7 +1,8 @@
 """transformers as a float64 oracle.
 
 `model.double()` is not enough: modelling code sends norms, softmax, rotary angles, router and loss through float32 by
-name. Inside `double_precision(modules)` those names mean float64; `NoNarrowFloats` proves that nothing narrower was made.
+name. Inside `double_precision(modules)` those names mean float64; `NoNarrowFloats` proves that nothing narrower was
+made.
 """
 
 import contextlib

@@ -14,26 +14,43 @@ class Gate(NamedTuple):
 
 
 GATES: dict[str, Gate] = {
-    "f64": Gate(1e-12, "float64 activations, losses, gradients: rounding is 1e-15 to 5e-14, the smallest real bug 4e-5"),
-    "f64_state": Gate(1e-12, "float64 parameters, m and v after AdamW steps at a stable learning rate: measured 2e-15"),
-    "f64_delta": Gate(1e-10, "float64 parameter change: a step is g/(|g|+eps), which magnifies rounding of small g"),
+    "f64": Gate(
+        1e-12,
+        "float64 activations, losses, gradients: rounding is 1e-15 to 5e-14, the smallest real bug 4e-5",
+    ),
+    "f64_state": Gate(
+        1e-12, "float64 parameters, m and v after AdamW steps at a stable learning rate: measured 2e-15"
+    ),
+    "f64_delta": Gate(
+        1e-10, "float64 parameter change: a step is g/(|g|+eps), which magnifies rounding of small g"
+    ),
     "f64_mesh": Gate(1e-12, "float64 on any mesh against one device: sums are reordered, measured 1.5e-15"),
     "f64_transformers": Gate(1e-12, "float64 against patched transformers: measured 1e-15 to 2e-15"),
-    "f64_accumulation": Gate(1e-12, "float64 micro-batches against the full batch: sums are reordered, nothing else"),
+    "f64_accumulation": Gate(
+        1e-12, "float64 micro-batches against the full batch: sums are reordered, nothing else"
+    ),
     "f64_decode": Gate(1e-12, "float64 decoding with a cache against the full forward: measured 1.7e-15"),
     "f64_scalar": Gate(1e-15, "a double computed on the host against 50 digits: a few roundings of 1.1e-16"),
     "f32_decode": Gate(5e-6, "float32 decoding with a cache against the full forward: measured 6.6e-7"),
     "f32_mesh": Gate(5e-6, "float32 on any mesh against one device: measured 8.4e-7"),
     "f32_loss": Gate(5e-7, "float32 loss of the two frameworks: measured 1.3e-7"),
-    "f32_grad_norm": Gate(2e-6, "float32 gradient norm of the two frameworks: measured 1e-7, 1.8e-6 at fan-in weights"),
-    "f32_ratio": Gate(2.5, "float32 error of jaxlm against float64 over torch's own error: measured up to 1.65"),
-    "device_float32_ratio": Gate(2.5, "float32 on a card: jaxlm's distance from float64 over torch's, 1.65 on CPU"),
+    "f32_grad_norm": Gate(
+        2e-6, "float32 gradient norm of the two frameworks: measured 1e-7, 1.8e-6 at fan-in weights"
+    ),
+    "f32_ratio": Gate(
+        2.5, "float32 error of jaxlm against float64 over torch's own error: measured up to 1.65"
+    ),
+    "device_float32_ratio": Gate(
+        2.5, "float32 on a card: jaxlm's distance from float64 over torch's, 1.65 on CPU"
+    ),
     "device_bfloat16_ratio": Gate(1.5, "bfloat16 on a card, whole logits and gradient: 0.92 to 1.05 on CPU"),
     "device_dense_float32_cap": Gate(1e-5, "float32 at highest precision: 6e-7 on CPU, TF32 would be 1e-3"),
     "device_moe_float32_cap": Gate(1e-5, "as dense: no routing flips were seen in 8,192 float32 decisions"),
     "device_dense_bfloat16_cap": Gate(5e-2, "bfloat16 activations: 9e-3 on CPU at this depth"),
     "device_moe_bfloat16_cap": Gate(2.5e-1, "bfloat16 routing flips a share of the tokens: 5e-2 on CPU"),
-    "p_value": Gate(1e-4, "smallest p of a statistical test with fixed seeds; not an error but a lower bound"),
+    "p_value": Gate(
+        1e-4, "smallest p of a statistical test with fixed seeds; not an error but a lower bound"
+    ),
     "sigmas": Gate(5.0, "largest deviation of a sampled mean in standard errors"),
 }
 

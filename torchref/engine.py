@@ -50,6 +50,7 @@ class TorchEngine:
 
     def train_step(self, batch: dict[str, np.ndarray]) -> Mapping[str, Any]:
         """One optimizer step."""
+        assert self.state is not None, "initialise() or restore() first"
         values = scalars(self.run.optim, self.step)
         self.state, metrics = self._train(self.state, place_batch(batch, self.device), values)
         return metrics

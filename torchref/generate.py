@@ -96,8 +96,9 @@ def prefill(
     weight = model.embed.weight
     ids, positions, segments = (torch.from_numpy(a).to(weight.device) for a in _pad(prompts, longest))
     cache = init_cache(model.config, len(prompts), slots, weight.dtype, weight.device)
-    hidden, _, cache = model.hidden(ids, positions, segments, cache)
-    return _logits(model, hidden[:, -1]), DecodeState(cache, positions[:, -1] + 1, longest)
+    hidden, _, filled = model.hidden(ids, positions, segments, cache)
+    assert filled is not None
+    return _logits(model, hidden[:, -1]), DecodeState(filled, positions[:, -1] + 1, longest)
 
 
 @torch.inference_mode()
@@ -112,6 +113,7 @@ def decode_step(
     if state.length == slots:
         raise ConfigError(f"the cache of {slots} slots is full")
     hidden, _, cache = model.hidden(tokens[:, None], state.positions[:, None], cache=state.cache)
+    assert cache is not None
     return _logits(model, hidden[:, 0]), DecodeState(cache, state.positions + 1, state.length + 1)
 
 

@@ -121,6 +121,7 @@ def activate(kind: str, gate: Tensor, up: Tensor | None) -> Tensor:
     Sources: arXiv:2002.05202 (SwiGLU), arXiv:1606.08415 (GELU).
     """
     if kind == "swiglu":
+        assert up is not None, "swiglu has two projections"
         return F.silu(gate) * up
     return F.gelu(gate, approximate="tanh" if kind == "gelu_tanh" else "none")
 

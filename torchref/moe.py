@@ -147,6 +147,7 @@ class Experts(nn.Module):
     ) -> Float[Tensor, "P D"]:
         """The MLP of one expert."""
         up, up_bias = (self.gate_up, self.gate_up_bias) if self.up is None else (self.up, self.up_bias)
+        assert up is not None
         hidden = F.linear(x, up[index].to(x.dtype), None if up_bias is None else up_bias[index].to(x.dtype))
         gate, up = hidden.chunk(2, dim=-1) if self.kind == "swiglu" else (hidden, None)
         hidden = dropout(activate(self.kind, gate, up), self.rate, key)

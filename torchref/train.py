@@ -131,7 +131,7 @@ def make_gradient_fn(run: RunConfig) -> Callable[..., tuple[Params, dict[str, Te
         wide = torch.promote_types(dtype, torch.float32)
         batch = batch | {"loss_mask": batch["loss_mask"].to(wide)}
         counts = batch_counts(batch, M)
-        params = dict(decoder.named_parameters())
+        params: Params = dict(decoder.named_parameters())
         grads: Params = {}
         metrics: dict[str, Tensor] = {}
         for m in range(M):

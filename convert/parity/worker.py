@@ -11,6 +11,7 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,8 @@ def main(argv: list[str]) -> int:
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
         os.environ["JAX_ENABLE_X64"] = "1" if dtype == "float64" else "0"
     run_one = {"jax": run_jax, "torch": run_torch}[framework]
-    np.savez(case / f"{framework}-{dtype}-{device}.npz", **run_one(case, dtype, device))
+    arrays: dict[str, Any] = run_one(case, dtype, device)
+    np.savez(case / f"{framework}-{dtype}-{device}.npz", **arrays)
     return 0
 
 

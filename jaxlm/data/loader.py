@@ -121,7 +121,8 @@ class Loader:
         import grain
 
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2, 2 * threads))
-        self._iterator = iter(grain.MapDataset.source(batches).to_iter_dataset(options))
+        source: Any = batches  # has what grain asks for, a length and __getitem__, but not its argument names
+        self._iterator = iter(grain.MapDataset.source(source).to_iter_dataset(options))
         self._identity = identity
         self.windows_per_epoch = windows_per_epoch
         self.next_batch = 0

@@ -117,7 +117,10 @@ def test_a_prompt_from_standard_input(checkpoint: Path) -> None:
 def test_a_dialogue_on_a_terminal(checkpoint: Path) -> None:
     """Commands change settings, a bad one is one line, Ctrl-C while nothing is answered exits with 130."""
     leader, terminal = os.openpty()
-    args = command(checkpoint, "--framework", "torch", "--max-new-tokens", 4)
+    # A test run in the background inherits an ignored SIGINT, and so would the program.
+    heed = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    start = [sys.executable, "-c", f"{heed}; runpy.run_module('experiments.sample', run_name='__main__')"]
+    args = [*start, str(checkpoint), "--framework", "torch", "--max-new-tokens", "4"]
     pipes = {"stdin": terminal, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(args, cwd=ROOT, text=True, encoding="utf-8", **pipes) as process:
         os.write(leader, b":t 0\n:t hot\n:k -1\n:nonsense\nab\n:seed 5\n")

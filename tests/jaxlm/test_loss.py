@@ -8,7 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import T, V, assert_close, hard_batch, quick_jit, random_params, relative_error, tiny, tiny_run, tree_errors
+from helpers import (
+    T,
+    V,
+    assert_close,
+    hard_batch,
+    quick_jit,
+    random_params,
+    relative_error,
+    tiny,
+    tiny_run,
+    tree_errors,
+)
 from scipy.special import log_softmax, logsumexp
 from tolerances import tolerance
 
@@ -25,7 +36,13 @@ def head_inputs(length: int) -> tuple[np.ndarray, ...]:
     """hidden, weight, bias, targets and a ragged mask of 3 rows."""
     rng = np.random.default_rng(0)
     hidden, weight, bias = (rng.standard_normal(s) for s in ((3, length, 10), (10, V), (V,)))
-    return hidden, weight, bias, rng.integers(0, V, (3, length)), (rng.random((3, length)) < 0.6).astype(float)
+    return (
+        hidden,
+        weight,
+        bias,
+        rng.integers(0, V, (3, length)),
+        (rng.random((3, length)) < 0.6).astype(float),
+    )
 
 
 def test_token_loss_is_the_textbook_formula(x64: None) -> None:
@@ -85,7 +102,7 @@ def _equations(jaxpr: Any) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def gradients() -> Any:
-    """accumulation -> compiled gradient function of one model, z-losses on; the balance term does not enter the total."""
+    """accumulation -> compiled gradient function of one model; z-losses enter the total, the balance loss does not."""
     made: dict[int, Any] = {}
 
     def get(accumulation: int) -> Any:
@@ -148,9 +165,17 @@ FORMS = {
 }
 
 
-def both_frameworks(reduction: str, logits: list[np.ndarray], ids: list[np.ndarray], valid: np.ndarray) -> list[float]:
+def both_frameworks(
+    reduction: str, logits: list[np.ndarray], ids: list[np.ndarray], valid: np.ndarray
+) -> list[float]:
     """The balance loss in jaxlm and, where PyTorch is installed, in torchref."""
-    values = [float(balance_loss(reduction, [jnp.asarray(x) for x in logits], [jnp.asarray(i) for i in ids], jnp.asarray(valid)))]
+    values = [
+        float(
+            balance_loss(
+                reduction, [jnp.asarray(x) for x in logits], [jnp.asarray(i) for i in ids], jnp.asarray(valid)
+            )
+        )
+    ]
     if importlib.util.find_spec("torch"):
         torch, twin = importlib.import_module("torch"), importlib.import_module("torchref.moe")
         tensors = [[torch.from_numpy(np.array(x)) for x in xs] for xs in (logits, ids)]
@@ -177,7 +202,7 @@ def test_balance_losses_have_their_closed_form(reduction: str, active: int, x64:
 
 
 def test_balance_losses_differ_where_layers_and_sequences_do(x64: None) -> None:
-    """One expert per layer looks balanced to the pooled loss, one expert per sequence to all but the per-sequence one."""
+    """One expert per layer looks balanced to the pooled loss, one per sequence to all but the per-sequence loss."""
     valid = np.ones((E, S), bool)
 
     def onto(expert: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -198,4 +223,6 @@ def test_router_z_sums_squares_of_logsumexp_over_real_tokens(x64: None) -> None:
     valid[0, 0] = False
     logits = [np.full((B, S, E), c) for c in (0.0, 1.5)]
     expected = sum((c + np.log(E)) ** 2 for c in (0.0, 1.5)) * (B * S - 1)
-    assert relative_error(router_z_sum([jnp.asarray(x) for x in logits], jnp.asarray(valid)), expected) <= tolerance("f64")
+    assert relative_error(
+        router_z_sum([jnp.asarray(x) for x in logits], jnp.asarray(valid)), expected
+    ) <= tolerance("f64")

@@ -110,7 +110,9 @@ def paths(config: Any, prefix: str = "") -> list[str]:
 
 def with_change(config: Any, path: str, value: Any) -> Any:
     name, _, rest = path.partition(".")
-    return dataclasses.replace(config, **{name: with_change(getattr(config, name), rest, value) if rest else value})
+    return dataclasses.replace(
+        config, **{name: with_change(getattr(config, name), rest, value) if rest else value}
+    )
 
 
 def observe(config: ModelConfig, params: Any, effect: str) -> np.ndarray:
@@ -126,7 +128,9 @@ def observe(config: ModelConfig, params: Any, effect: str) -> np.ndarray:
         return np.asarray(logits)
     tokens = token_loss(acts["final_norm"], *model.head(), ids, jnp.ones(ids.shape))
     valid = jnp.ones(ids.shape, bool)
-    return np.asarray(total_loss(config, 0.0, tokens, acts, valid, Counts(jnp.float32(18), jnp.float32(18), 1)).total)
+    return np.asarray(
+        total_loss(config, 0.0, tokens, acts, valid, Counts(jnp.float32(18), jnp.float32(18), 1)).total
+    )
 
 
 def test_every_field_has_a_perturbation() -> None:
@@ -232,14 +236,20 @@ def forward() -> Any:
     """(config, params, jitted logits) of a float64 model with a MoE and a dense layer; shared, since it compiles."""
     config = tiny({"pattern": (True, False)}, windows=(0, 7))
     graphdef = abstract_model(config, LOOP).graphdef
-    return random_params(config, init="fan_in"), quick_jit(lambda p, *args: merge_model(graphdef, p)(*args)[0])
+    return random_params(config, init="fan_in"), quick_jit(
+        lambda p, *args: merge_model(graphdef, p)(*args)[0]
+    )
 
 
 def test_a_later_token_changes_no_earlier_logit(forward: Any, x64: None) -> None:
     """Causality of the whole model: everything before the changed token is equal, everything after may differ."""
     params, logits = forward
     batch = hard_batch()
-    ids, segments, positions = batch["inputs"][:3], np.ones((3, T), np.int32), np.tile(np.arange(T, dtype=np.int32), (3, 1))
+    ids, segments, positions = (
+        batch["inputs"][:3],
+        np.ones((3, T), np.int32),
+        np.tile(np.arange(T, dtype=np.int32), (3, 1)),
+    )
     changed = ids.copy()
     at = 11
     changed[:, at] = (ids[:, at] + 1) % 61
@@ -290,13 +300,19 @@ def test_unused_activations_cost_nothing() -> None:
     params = random_params(config, dtype=np.float32)
 
     def cost(forward) -> tuple[float, float, int]:
-        compiled = jax.jit(jax.grad(lambda p: jnp.sum(forward(merge_model(graphdef, p)) ** 2))).lower(params).compile()
+        compiled = (
+            jax.jit(jax.grad(lambda p: jnp.sum(forward(merge_model(graphdef, p)) ** 2)))
+            .lower(params)
+            .compile()
+        )
         analysis, memory = compiled.cost_analysis(), compiled.memory_analysis()
         return analysis["flops"], analysis["bytes accessed"], memory.temp_size_in_bytes
 
     dropped = cost(lambda model: model(ids, positions)[0])
     never = cost(lambda model: without_activations(config, model, ids, positions))
-    used = cost(lambda model: model(ids, positions)[0] + sum(a.mean() for a in model(ids, positions)[1].values()))
+    used = cost(
+        lambda model: model(ids, positions)[0] + sum(a.mean() for a in model(ids, positions)[1].values())
+    )
     assert dropped == never
     assert used[0] > never[0], "the measure does not see activations that are used"
 
@@ -307,14 +323,17 @@ def test_the_modules_have_as_many_parameters_as_the_preset_says(preset: str) -> 
     config = PRESETS[preset].config.model
     assert len(config.moe.pattern) == 1, "blocks differ: count them all"
     counts = [
-        sum(math.prod(s.shape) for s in abstract_model(dataclasses.replace(config, n_layers=n)).shapes.values())
+        sum(
+            math.prod(s.shape)
+            for s in abstract_model(dataclasses.replace(config, n_layers=n)).shapes.values()
+        )
         for n in (1, 2)
     ]
     assert counts[0] + (config.n_layers - 1) * (counts[1] - counts[0]) == PRESETS[preset].params
 
 
 def test_dropout_keeps_the_stated_share_and_scales_it() -> None:
-    """Kept entries are x/(1-rate), their share is 1-rate within 5 sigma, keys decide, no key or rate means no change."""
+    """Kept entries are x/(1-rate), their share is 1-rate; keys decide; no key or no rate changes nothing."""
     x, rate, n = jnp.full((400, 250), 3.0), 0.3, 100_000
     out = np.asarray(dropout(x, rate, jax.random.key(1)))
     kept = out != 0
@@ -354,7 +373,8 @@ def test_remat_gives_the_same_gradients(x64: None) -> None:
     config = tiny({"pattern": (False, True)})
     params, batch = random_params(config), hard_batch()
     results = [
-        quick_jit(make_gradient_fn(tiny_run(config, remat=remat), LOOP))(params, batch) for remat in ("none", "block")
+        quick_jit(make_gradient_fn(tiny_run(config, remat=remat), LOOP))(params, batch)
+        for remat in ("none", "block")
     ]
     assert_close(tree_errors(results[1][0], results[0][0]), tolerance("f64"), "gradients")
     assert relative_error(results[1][1]["total_loss"], results[0][1]["total_loss"]) <= tolerance("f64")
@@ -370,10 +390,17 @@ def test_one_expert_equals_a_dense_mlp(mlp: str, x64: None) -> None:
     for linear in filter(None, (dense.gate_proj, dense.up_proj, dense.down_proj)):
         linear.bias[...] = jnp.asarray(rng.standard_normal(linear.bias.shape))
     ups = [p for p in (dense.gate_proj, dense.up_proj) if p is not None]
-    up, up_bias = (moe.experts.gate_up, moe.experts.gate_up_bias) if len(ups) == 2 else (moe.experts.up, moe.experts.up_bias)
+    up, up_bias = (
+        (moe.experts.gate_up, moe.experts.gate_up_bias)
+        if len(ups) == 2
+        else (moe.experts.up, moe.experts.up_bias)
+    )
     up[...] = jnp.concatenate([p.weight[...] for p in ups], -1)[None]
     up_bias[...] = jnp.concatenate([p.bias[...] for p in ups], -1)[None]
-    moe.experts.down[...], moe.experts.down_bias[...] = dense.down_proj.weight[...][None], dense.down_proj.bias[...][None]
+    moe.experts.down[...], moe.experts.down_bias[...] = (
+        dense.down_proj.weight[...][None],
+        dense.down_proj.bias[...][None],
+    )
     x = jnp.asarray(rng.standard_normal((2, T, 24)))
     out, _ = moe(x, jnp.ones((2, T), bool), train=True)
     assert relative_error(out, dense(x)) <= tolerance("f64")
@@ -398,7 +425,7 @@ def test_capacity_drops_exactly_the_late_tokens() -> None:
 
 
 def test_dropped_tokens_get_nothing_and_evaluation_drops_nothing() -> None:
-    """A token whose every expert is full has a zero MoE output in training; outside training the limit does not hold."""
+    """A token whose experts are full gets a zero MoE output in training; elsewhere the limit does not hold."""
     config = one({"capacity_factor": 0.5, "n_active": 1})
     layer = MoE(config, LOOP, rngs=nnx.Rngs(params=0), dtype=jnp.float32)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, T, 24)), jnp.float32)
@@ -434,7 +461,9 @@ def test_initial_values_are_normal_with_the_configured_width(init: str, tied: bo
             std = (residual or 64) ** -0.5
         z = x / std
         chi2 = stats.chi2(len(z)).cdf(float(z @ z))
-        assert tolerance("p_value") < chi2 < 1 - tolerance("p_value"), f"{path}: std {x.std():.4f}, expected {std:.4f}"
+        assert tolerance("p_value") < chi2 < 1 - tolerance("p_value"), (
+            f"{path}: std {x.std():.4f}, expected {std:.4f}"
+        )
         assert stats.kstest(z, "norm").pvalue > tolerance("p_value"), f"{path} is not normal"
 
 

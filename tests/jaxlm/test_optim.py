@@ -9,16 +9,36 @@ import jax.numpy as jnp
 import mpmath
 import numpy as np
 import pytest
-from helpers import QUICK, assert_close, hard_batch, random_params, relative_error, tiny, tiny_run, tree_errors
+from helpers import (
+    QUICK,
+    assert_close,
+    hard_batch,
+    random_params,
+    relative_error,
+    tiny,
+    tiny_run,
+    tree_errors,
+)
 from tolerances import tolerance
 
 from jaxlm.config import OptimConfig
 from jaxlm.model import abstract_model
-from jaxlm.optim import as_arrays, clip_scale, decays, global_norm, learning_rate, make_optimizer, moments, scalars
+from jaxlm.optim import (
+    as_arrays,
+    clip_scale,
+    decays,
+    global_norm,
+    learning_rate,
+    make_optimizer,
+    moments,
+    scalars,
+)
 from jaxlm.presets import PRESETS
 from jaxlm.train import TrainState, make_train_step
 
-CONFIG = OptimConfig(lr=3e-4, min_lr=3e-5, warmup_steps=10, decay_steps=110, b1=0.9, b2=0.999, weight_decay=0.1)
+CONFIG = OptimConfig(
+    lr=3e-4, min_lr=3e-5, warmup_steps=10, decay_steps=110, b1=0.9, b2=0.999, weight_decay=0.1
+)
 
 
 def exact(config: OptimConfig, step: int) -> dict[str, mpmath.mpf]:
@@ -49,9 +69,14 @@ def test_scalars_are_exact_doubles(step: int, schedule: str) -> None:
         for name, value in exact(config, step).items():
             got = getattr(scalars(config, step), name)
             # 1 - b^t cancels leading digits for small t: the rounding of b^t is magnified by b^t / (1 - b^t).
-            magnified = {"bias2_root": 1 / (1 - config.b2 ** (step + 1)), "step_size": 1 / (1 - config.b1 ** (step + 1))}
+            magnified = {
+                "bias2_root": 1 / (1 - config.b2 ** (step + 1)),
+                "step_size": 1 / (1 - config.b1 ** (step + 1)),
+            }
             limit = tolerance("f64_scalar") * magnified.get(name, 1.0)
-            assert abs(got - value) <= limit * abs(value), f"{name}: {got} instead of {mpmath.nstr(value, 20)}"
+            assert abs(got - value) <= limit * abs(value), (
+                f"{name}: {got} instead of {mpmath.nstr(value, 20)}"
+            )
 
 
 def test_the_schedule_hits_its_corners() -> None:
@@ -66,9 +91,11 @@ def test_the_schedule_hits_its_corners() -> None:
 
 
 def test_fifty_steps_equal_torch_adamw(x64: None) -> None:
-    """A real model, 50 float64 steps, clip active and then not: losses, parameters, m and v against torch.optim.AdamW."""
+    """A real model, 50 float64 steps, some clipped: losses, parameters, m and v against torch.optim.AdamW."""
     torch = pytest.importorskip("torch")
-    native, tree, twin = (importlib.import_module(n) for n in ("convert.native", "convert.tree", "torchref.train"))
+    native, tree, twin = (
+        importlib.import_module(n) for n in ("convert.native", "convert.tree", "torchref.train")
+    )
     twin_optim = importlib.import_module("torchref.optim")
     model, steps = tiny(n_layers=1, qkv_bias=True), 50
     run = tiny_run(model, {"decay_steps": 45, "warmup_steps": 5, "clip_norm": 1.04, "b2": 0.999}, steps=steps)
@@ -82,7 +109,9 @@ def test_fifty_steps_equal_torch_adamw(x64: None) -> None:
     step = make_train_step(run).lower(state, batches[0], first).compile(QUICK)
     torch_step, scales = twin.make_train_step(run), []
     for s in range(steps):
-        state, metrics = step(state, jax.device_put(batches[s % 3]), as_arrays(scalars(run.optim, s), np.float64))
+        state, metrics = step(
+            state, jax.device_put(batches[s % 3]), as_arrays(scalars(run.optim, s), np.float64)
+        )
         other, theirs = torch_step(other, twin.place_batch(batches[s % 3]), twin_optim.scalars(run.optim, s))
         assert relative_error(metrics["loss"], theirs["loss"].numpy()) <= tolerance("f64"), f"step {s}"
         scales.append(float(metrics["clip_scale"]))
@@ -90,7 +119,9 @@ def test_fifty_steps_equal_torch_adamw(x64: None) -> None:
     assert max(scales) == 1, "the clip was always active"
     assert int(state.step) == steps
     limit = tolerance("f64_state")
-    assert_close(tree_errors(state.params, native.to_jax(model, tree.from_torch(module))), limit, "parameters")
+    assert_close(
+        tree_errors(state.params, native.to_jax(model, tree.from_torch(module))), limit, "parameters"
+    )
     ours, kept = moments(state.opt_state), twin_optim.moments(module, other.optimizer)
     for name in ("m", "v"):
         back = native.to_jax(model, {k: tree.to_numpy(v) for k, v in getattr(kept, name).items()})
@@ -108,7 +139,12 @@ def update(config: OptimConfig, params: dict, grads: dict, step: int = 0) -> dic
 
 def test_weight_decay_works_without_a_gradient(x64: None) -> None:
     """Zero gradients leave p (1 - lr wd) for matrices and p itself for norms, biases and (by default) embeddings."""
-    names = ("blocks.0.attn.q_proj.weight", "blocks.0.attn.q_proj.bias", "blocks.0.attn_norm.weight", "embed.weight")
+    names = (
+        "blocks.0.attn.q_proj.weight",
+        "blocks.0.attn.q_proj.bias",
+        "blocks.0.attn_norm.weight",
+        "embed.weight",
+    )
     params = {name: jnp.linspace(-1, 1, 6) for name in names}
     zeros = {name: jnp.zeros(6) for name in names}
     factor = 1 - learning_rate(CONFIG, 0) * CONFIG.weight_decay
@@ -161,7 +197,11 @@ def test_the_decay_policy_covers_every_option() -> None:
         config = dataclasses.replace(CONFIG, decay=decay)
         undecayed = {path for path in shapes if not decays(config, path)}
         small = {path for path in shapes if "bias" in path.rsplit(".", 1)[-1] or path.endswith("norm.weight")}
-        tables = {"embed.weight", "pos_embed.weight"} | {path for path in shapes if path.endswith("bias_table")}
-        assert undecayed == ((small | tables) if decay == "matrices" else (small - {p for p in small if "table" in p}))
+        tables = {"embed.weight", "pos_embed.weight"} | {
+            path for path in shapes if path.endswith("bias_table")
+        }
+        assert undecayed == (
+            (small | tables) if decay == "matrices" else (small - {p for p in small if "table" in p})
+        )
     with pytest.raises(ValueError, match="matches 0 lines"):
         decays(CONFIG, "blocks.0.mystery")

@@ -6,7 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import QUICK, assert_close, float64, hard_batch, quick_jit, random_params, relative_error, tiny, tiny_run, tree_errors
+from helpers import (
+    QUICK,
+    assert_close,
+    float64,
+    hard_batch,
+    quick_jit,
+    random_params,
+    relative_error,
+    tiny,
+    tiny_run,
+    tree_errors,
+)
 from jax.sharding import PartitionSpec
 from tolerances import tolerance
 
@@ -62,11 +73,17 @@ def one_device() -> dict[int, Answer]:
     """accumulation -> the answer of a single device."""
     with float64():
         batch, params = hard_batch(ROWS), random_params(MODEL)
-        return {m: Answer(*quick_jit(make_gradient_fn(run_config("", m), LOOP))(params, batch)) for m in (1, 2)}
+        return {
+            m: Answer(*quick_jit(make_gradient_fn(run_config("", m), LOOP))(params, batch)) for m in (1, 2)
+        }
 
 
-@pytest.mark.parametrize("mesh", [pytest.param(m, marks=pytest.mark.slow) if m in SLOW else m for m in MESHES])
-def test_every_mesh_gives_the_loss_and_gradients_of_one_device(mesh: str, one_device: dict[int, Answer], x64: None) -> None:
+@pytest.mark.parametrize(
+    "mesh", [pytest.param(m, marks=pytest.mark.slow) if m in SLOW else m for m in MESHES]
+)
+def test_every_mesh_gives_the_loss_and_gradients_of_one_device(
+    mesh: str, one_device: dict[int, Answer], x64: None
+) -> None:
     """All terms of the loss and every gradient, each device with rows of its own kind and length."""
     accumulation = MESHES[mesh]
     run = run_config(mesh, accumulation)
@@ -116,9 +133,13 @@ def test_a_step_on_a_mesh_equals_the_step_of_one_device(x64: None) -> None:
     }
     for path, wanted_spec in expected.items():
         for array in (meshed.params[path], found.m[path], found.v[path]):
-            assert array.sharding.is_equivalent_to(jax.NamedSharding(make_mesh(MeshConfig.parse(mesh)), wanted_spec), array.ndim)
+            assert array.sharding.is_equivalent_to(
+                jax.NamedSharding(make_mesh(MeshConfig.parse(mesh)), wanted_spec), array.ndim
+            )
     whole = sum(x.nbytes for x in jax.tree.leaves((meshed.params, meshed.opt_state)))
-    local = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves((meshed.params, meshed.opt_state)))
+    local = sum(
+        x.addressable_shards[0].data.nbytes for x in jax.tree.leaves((meshed.params, meshed.opt_state))
+    )
     assert local < 0.5 * whole, "the state is not really split"
 
 

@@ -65,11 +65,13 @@ def test_round_trip_from_torch_is_bitwise(dtype: str) -> None:
 
 
 def test_projections_are_transposed_and_stored_contiguously() -> None:
-    """Each projection is [in, out] here and [out, in] there; none of this model is square, so a lost transpose shows."""
+    """Each projection is [in, out] here and [out, in] there; none is square here, so a lost transpose shows."""
     params = random_params(CONFIG_ALL)
     there = native.to_torch(CONFIG_ALL, params)
     for path, value in params.items():
-        transposed = path.endswith(("_proj.weight", "router.weight", "lm_head.weight", "shared_gate.weight", "gate_up", "down"))
+        transposed = path.endswith(
+            ("_proj.weight", "router.weight", "lm_head.weight", "shared_gate.weight", "gate_up", "down")
+        )
         expected = np.swapaxes(value, -1, -2) if transposed else value
         np.testing.assert_array_equal(there[path], expected, err_msg=path)
         assert there[path].flags.c_contiguous
@@ -103,7 +105,10 @@ def test_missing_unused_and_misshapen_tensors_are_reported_together() -> None:
         assert message.startswith("3 of ")
         assert "blocks.1.attn_norm.weight: missing" in message
         assert "blocks.9.surprise: unused" in message
-        assert f"blocks.0.attn.q_proj.weight: got {broken['blocks.0.attn.q_proj.weight'].shape}, expected" in message
+        assert (
+            f"blocks.0.attn.q_proj.weight: got {broken['blocks.0.attn.q_proj.weight'].shape}, expected"
+            in message
+        )
 
 
 def test_a_path_with_no_rule_or_two_rules_is_refused() -> None:
@@ -186,7 +191,9 @@ def other_config(directory: Path) -> None:
     (directory / CONFIG).write_text(text.replace('"d_ff": 40', '"d_ff": 44'))
 
 
-@pytest.mark.parametrize("damage", [truncate, garble_header, remove_weights, empty_weights, cut_config, other_config])
+@pytest.mark.parametrize(
+    "damage", [truncate, garble_header, remove_weights, empty_weights, cut_config, other_config]
+)
 def test_a_damaged_checkpoint_gives_one_line(damage, exported: Path, tmp_path: Path) -> None:
     """CheckpointError with the file's name in one line, never a half-loaded model."""
     directory = Path(shutil.copytree(exported, tmp_path / "copy"))

@@ -84,7 +84,14 @@ CASES: dict[str, ModelConfig] = {
         {"balance": "levanter", "n_active": 1, "shared_d_ff": 12, "pattern": (False, True)}, mlp_bias=True
     ),
     "moe-none-shared_gate": tiny(
-        {"balance": "none", "n_active": 4, "shared_d_ff": 12, "shared_gate": True, "d_ff": 0, "pattern": (True, False)}
+        {
+            "balance": "none",
+            "n_active": 4,
+            "shared_d_ff": 12,
+            "shared_gate": True,
+            "d_ff": 0,
+            "pattern": (True, False),
+        }
     ),
     "everything": EVERYTHING,
 }
@@ -131,7 +138,9 @@ def test_activations_losses_and_gradients_agree(name: str) -> None:
         assert set(acts) == set(torch_acts) and set(metrics) == set(torch_metrics)
         limit = tolerance("f64")
         assert_close({k: relative_error(acts[k], torch_acts[k]) for k in acts}, limit, f"{init} activations")
-        assert_close({k: relative_error(metrics[k], torch_metrics[k]) for k in metrics}, limit, f"{init} metrics")
+        assert_close(
+            {k: relative_error(metrics[k], torch_metrics[k]) for k in metrics}, limit, f"{init} metrics"
+        )
         errors = tree_errors(grads, torch_grads, lambda path: zero_gradient(config, path))
         assert_close(errors, limit, f"{init} gradients")
         if config.moe.n_experts and config.moe.capacity_factor:
@@ -146,13 +155,19 @@ def test_five_adamw_steps_agree(name: str) -> None:
     params = random_params(config, init="normal")
     optimizer = jaxlm.optim.make_optimizer(run.optim)
     start = {k: jnp.asarray(p) for k, p in params.items()}
-    state = jaxlm.train.TrainState(jnp.zeros((), jnp.int32), start, optimizer.init(start), jnp.zeros((), jnp.uint32))
+    state = jaxlm.train.TrainState(
+        jnp.zeros((), jnp.int32), start, optimizer.init(start), jnp.zeros((), jnp.uint32)
+    )
     model = native.build_torch(config, params)
     torch_state = torchref.train.TrainState(0, model, torchref.optim.make_optimizer(run.optim, model), 0)
     torch_step = torchref.train.make_train_step(run)
     batches = [hard_batch(seed=s) for s in range(steps)]
     numbers = [jaxlm.optim.as_arrays(jaxlm.optim.scalars(run.optim, s), np.float64) for s in range(steps)]
-    step = jaxlm.train.make_train_step(run, backends=backends(name)).lower(state, batches[0], numbers[0]).compile(QUICK)
+    step = (
+        jaxlm.train.make_train_step(run, backends=backends(name))
+        .lower(state, batches[0], numbers[0])
+        .compile(QUICK)
+    )
     for s in range(steps):
         state, metrics = step(state, jaxlm.train.place_batch(batches[s]), numbers[s])
         torch_state, torch_metrics = torch_step(
@@ -187,7 +202,17 @@ def test_router_ties_go_to_the_lowest_index(experts: int) -> None:
     assert relative_error(weights, torch_weights.numpy()) <= tolerance("f64")
 
 
-SIZES = {"vocab_size", "d_model", "n_layers", "n_heads", "head_dim", "d_ff", "context", "rope_theta", "norm_eps"}
+SIZES = {
+    "vocab_size",
+    "d_model",
+    "n_layers",
+    "n_heads",
+    "head_dim",
+    "d_ff",
+    "context",
+    "rope_theta",
+    "norm_eps",
+}
 SAME = {
     "init": "both values, by the widths of the weights",
     "init_std": "a width of the weights",
@@ -206,6 +231,10 @@ def test_every_option_is_compared(config_class: type) -> None:
         if field.name in SIZES | SAME.keys() or dataclasses.is_dataclass(hints[field.name]):
             continue
         values = {getattr(part, field.name) for part in used}
-        wanted = set(typing.get_args(hints[field.name])) if typing.get_origin(hints[field.name]) is typing.Literal else set()
+        wanted = (
+            set(typing.get_args(hints[field.name]))
+            if typing.get_origin(hints[field.name]) is typing.Literal
+            else set()
+        )
         assert wanted <= values, f"{config_class.__name__}.{field.name}: {wanted - values} never compared"
         assert len(values) > 1, f"{config_class.__name__}.{field.name} has one value only, {values}"

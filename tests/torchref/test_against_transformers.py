@@ -136,7 +136,9 @@ def ask(family: str, std: float | None, padded: bool, rope: dict[str, Any], **ch
     title = family.capitalize()
     ids, mask, labels = batch(padded)
     with double_precision(modelling, rope_utils, loss_utils):
-        config = getattr(transformers, f"{title}Config")(**(SIZES | changes), rope_parameters=rope | {"rope_theta": THETA})
+        config = getattr(transformers, f"{title}Config")(
+            **(SIZES | changes), rope_parameters=rope | {"rope_theta": THETA}
+        )
         model = getattr(transformers, f"{title}ForCausalLM")(config).double().train()
         fill(model, std)
         with NoNarrowFloats():
@@ -168,7 +170,9 @@ def check(config: ModelConfig, oracle: Oracle, padded: bool) -> None:
     if oracle.balance is not None:
         errors["balance"] = relative_error(metrics["balance"], oracle.balance.detach())
     assert_close(errors, limit, "outputs")
-    assert_close(tree_errors(grads, oracle.grads, lambda name: constant_scores(config, name)), limit, "gradients")
+    assert_close(
+        tree_errors(grads, oracle.grads, lambda name: constant_scores(config, name)), limit, "gradients"
+    )
     empty = [name for name, g in oracle.grads.items() if not constant_scores(config, name) and g.norm() == 0]
     assert not empty, f"gradients of the oracle are zero and prove nothing: {empty}"
 

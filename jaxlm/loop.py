@@ -144,7 +144,6 @@ def fit(
                 engine.save({"loader": loader.get_state(), "best": best}, extra.get("val_loss"))
                 _after(on_checkpoint)
         engine.close()
-    _after(on_checkpoint)
     seconds, stopped = time.perf_counter() - started, interrupts.name if engine.step < train.steps else ""
     return Result(engine.step, report.loss, val_loss, best, seconds, stopped)
 

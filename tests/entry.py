@@ -9,12 +9,39 @@ import pytest
 from experiments.cli import main_guard
 
 # A decoder that trains in milliseconds; every option can stand on a command line.
-SMALL = (
-    "--model.n-layers 2 --model.d-model 48 --model.n-heads 4 --model.n-kv-heads 2 --model.head-dim 16 --model.d-ff 64 "
-    "--model.vocab-size 320 --model.context 64 --train.seq-len 40 --train.batch-size 4 --train.accumulation 2 "
-    "--train.eval-batches 2 --optim.warmup-steps 5 --data.tokenizer train --train.plots False"
-).split()
-SMALL_MOE = "--model.moe.n-experts 4 --model.moe.d-ff 32".split()
+SMALL = [
+    "--model.n-layers",
+    "2",
+    "--model.d-model",
+    "48",
+    "--model.n-heads",
+    "4",
+    "--model.n-kv-heads",
+    "2",
+    "--model.head-dim",
+    "16",
+    "--model.d-ff",
+    "64",
+    "--model.vocab-size",
+    "320",
+    "--model.context",
+    "64",
+    "--train.seq-len",
+    "40",
+    "--train.batch-size",
+    "4",
+    "--train.accumulation",
+    "2",
+    "--train.eval-batches",
+    "2",
+    "--optim.warmup-steps",
+    "5",
+    "--data.tokenizer",
+    "train",
+    "--train.plots",
+    "False",
+]
+SMALL_MOE = ["--model.moe.n-experts", "4", "--model.moe.d-ff", "32"]
 
 
 class Outcome(NamedTuple):

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from entry import SMALL, SMALL_MOE, run, sentences
 
 from experiments import export, pretrain, sample
-from entry import SMALL, SMALL_MOE, run, sentences
 from jaxlm.metrics import read_metrics
 from jaxlm.presets import PRESETS
 

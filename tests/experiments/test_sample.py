@@ -129,8 +129,12 @@ def test_a_dialogue_on_a_terminal(checkpoint: Path) -> None:
             line = process.stderr.readline()
             assert line, notes
             notes += line
+        assert process.stderr.read(2) == "> ", "it waits for the next line"
         process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
+        try:
+            output, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
     os.close(leader)
     os.close(terminal)
     assert process.returncode == 130

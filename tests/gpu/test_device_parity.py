@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from tolerances import tolerance
 
 pytestmark = pytest.mark.gpu

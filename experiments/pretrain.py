@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.cli import RunOptions, main_guard, parse_run, say
+from experiments.targets import TORCH_CHECKPOINTS
 from jaxlm.config import ConfigError, RunConfig
 from jaxlm.count import active_param_count, flops_per_token, param_count
 from jaxlm.data.corpus import Corpus, open_corpus
@@ -24,7 +25,7 @@ from jaxlm.metrics import JsonlSink, peak_flops
 from jaxlm.run_dir import RunDir, open_run
 from jaxlm.tokenizer import Tokenizer, open_tokenizer
 
-CHECKPOINTS = {"jax": "checkpoints", "torch": "checkpoints-torch"}  # folders of a run directory
+CHECKPOINTS = {"jax": "checkpoints", "torch": TORCH_CHECKPOINTS}  # folders of a run directory
 
 
 @dataclass

@@ -85,14 +85,23 @@ def test_every_mesh_gives_the_loss_and_gradients_of_one_device(
     mesh: str, one_device: dict[int, Answer], x64: None
 ) -> None:
     """All terms of the loss and every gradient, each device with rows of its own kind and length."""
-    accumulation = MESHES[mesh]
+    check_mesh(mesh, MESHES[mesh], LOOP, one_device)
+
+
+def test_the_blocks_backend_on_a_mesh_equals_one_device(one_device: dict[int, Answer], x64: None) -> None:
+    """The experts that run by default, with their hand-written gradient, inside shard_map."""
+    check_mesh("data=2,fsdp=2,expert=2", 1, Backends(experts="blocks"), one_device)
+
+
+def check_mesh(mesh: str, accumulation: int, backends: Backends, one_device: dict[int, Answer]) -> None:
+    """Gradients and metrics on a mesh against those of one device."""
     run = run_config(mesh, accumulation)
     devices = make_mesh(run.mesh)
     layout = state_shardings(run, devices, abstract_model(MODEL)).params
     with jax.set_mesh(devices):
         params = jax.device_put(random_params(MODEL), layout)
         batch = place_batch(hard_batch(ROWS), devices)
-        gradients = quick_jit(make_gradient_fn(run, LOOP), out_shardings=(layout, None))
+        gradients = quick_jit(make_gradient_fn(run, backends), out_shardings=(layout, None))
         grads, metrics = gradients(params, batch)
     assert len(batch["inputs"].sharding.device_set) == run.mesh.size
     wanted = one_device[accumulation]

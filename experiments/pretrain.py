@@ -157,17 +157,18 @@ def train(run: RunConfig, directory: RunDir, data: Prepared, framework: str, res
     flops = flops_per_token(run.model, run.train.seq_len)
     describe(run, engine, framework)
     validation = list(eval_batches(data.val, run.train.seq_len, run.train.batch_size, run.train.eval_batches))
-    result = fit(
-        run,
-        engine,
-        loader,
-        validation,
-        JsonlSink(directory.metrics, resume_step=step if resumed else None),
-        flops_per_token=flops,
-        peak_flops=device_peak(run, framework),
-        best=best,
-        on_checkpoint=plotter(directory) if run.train.plots else None,
-    )
+    with JsonlSink(directory.metrics, resume_step=step if resumed else None) as sink:
+        result = fit(
+            run,
+            engine,
+            loader,
+            validation,
+            sink,
+            flops_per_token=flops,
+            peak_flops=device_peak(run, framework),
+            best=best,
+            on_checkpoint=plotter(directory) if run.train.plots else None,
+        )
     if result.stopped_by:
         say(f"{result.stopped_by}: saved at step {result.step}; continue with --resume")
     elif step < run.train.steps:

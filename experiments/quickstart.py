@@ -88,7 +88,9 @@ def print_samples(trained: Trained) -> None:
 
     tokenizer, model = trained.data.tokenizer, trained.run.model
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
-    settings = Sampling(temperature=0.8, top_k=40, seed=trained.run.train.seed, max_new_tokens=64)
+    room = model.context - max(map(len, prompts))
+    seed = trained.run.train.seed
+    settings = Sampling(temperature=0.8, top_k=40, seed=seed, max_new_tokens=min(64, room))
     split = Split(abstract_model(model).graphdef, trained.engine.params)
     answers = generate(split, prompts, settings)
     texts = [tokenizer.decode(list(itertools.chain(p, a))) for p, a in zip(prompts, answers, strict=True)]

@@ -16,8 +16,10 @@ import logging
 import math
 import os
 import shutil
+import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Literal
 
 import jax
@@ -48,6 +50,23 @@ class _NotFromOrbax(logging.Filter):
 _NOT_FROM_ORBAX = _NotFromOrbax()
 
 
+def _ignore_dead_loops() -> None:
+    """Keeps tracebacks off the console that follow a failed save: writes under way report to a loop that is gone.
+
+    The failure itself is raised by `save` or `wait`, as one line; these would repeat it once per tensor.
+    """
+    print_exception = sys.excepthook
+    if getattr(print_exception, "ignores_dead_loops", False):
+        return
+
+    def hook(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            print_exception(kind, error, where)
+
+    hook.ignores_dead_loops = True
+    sys.excepthook = hook
+
+
 class Checkpoints:
     """The checkpoints of one run. Opening one only reads; stale temporary directories go at the first `save`.
 
@@ -64,6 +83,7 @@ class Checkpoints:
         self._draft: dict[str, Any] = {}
         self._written: set[int] = set()
         absl_logging.get_absl_logger().addFilter(_NOT_FROM_ORBAX)  # adding it twice does nothing
+        _ignore_dead_loops()
 
     @property
     def steps(self) -> list[int]:
@@ -300,6 +320,8 @@ class Checkpoints:
 
     def _failure(self, step: int, error: BaseException) -> CheckpointError:
         """One line for a save that failed, after its remains are removed to give the space back."""
+        # orbax leaves tasks behind that report the same error again, as tracebacks, when they are collected.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         self._clean()
         if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
             why = error.strerror or "disk full"

@@ -11,8 +11,10 @@ import ast
 import functools
 import importlib.util
 import os
+import shutil
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,12 +51,23 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["JAX_PLATFORMS"] = "cpu"
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={DEVICES}".strip()
+    # Programs that several tests and their subprocesses compile are compiled once. Removed at the end of the session.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="jaxlm-tests-"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
     os.environ["OMP_NUM_THREADS"] = "1"  # PyTorch's threads: test processes run side by side on few cores
     if importlib.util.find_spec("jaxtyping") and importlib.util.find_spec("beartype"):
         import jaxtyping
 
         # Not ours alone to close: the hook has to stay for as long as test files are imported.
         jaxtyping.install_import_hook(["jaxlm", "torchref"], "beartype.beartype")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Removes the compilation cache; workers of xdist share their parent's."""
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
+    if "jaxlm-tests-" in folder and not hasattr(config, "workerinput"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:

@@ -66,7 +66,7 @@ def _shrunk(name: str) -> list[str]:
     return [name, *SMALL, *moe, "--train.steps", "20", "--train.eval-every", "20"]
 
 
-QUICK = ("quickstart", "gptoss-original", "minigpt-124m")
+QUICK = ("quickstart", "minigpt-124m")
 
 
 @pytest.mark.parametrize(

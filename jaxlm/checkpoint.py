@@ -19,7 +19,6 @@ import shutil
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import jax
@@ -55,16 +54,16 @@ def _ignore_dead_loops() -> None:
 
     The failure itself is raised by `save` or `wait`, as one line; these would repeat it once per tensor.
     """
-    print_exception = sys.excepthook
-    if getattr(print_exception, "ignores_dead_loops", False):
+    report = sys.unraisablehook
+    if getattr(report, "ignores_dead_loops", False):
         return
 
-    def hook(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
-        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
-            print_exception(kind, error, where)
+    def hook(found: "sys.UnraisableHookArgs") -> None:
+        if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"):
+            report(found)
 
     hook.ignores_dead_loops = True
-    sys.excepthook = hook
+    sys.unraisablehook = hook
 
 
 class Checkpoints:

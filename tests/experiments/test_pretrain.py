@@ -213,9 +213,9 @@ def _limited(words: list, size: int) -> subprocess.CompletedProcess:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
     command = [sys.executable, "-m", "experiments.pretrain", *map(str, words)]
-    return subprocess.run(
-        command, preexec_fn=limit, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}
-    )
+    # The limit would cut the tests' common compilation cache short as well.
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    return subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, env=environment)
 
 
 def test_no_space_for_the_data_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:

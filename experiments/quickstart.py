@@ -22,7 +22,7 @@ from jaxlm.config import ConfigError
 from jaxlm.data.baselines import bigram_loss, gzip_bits_per_byte
 from jaxlm.run_dir import move_aside
 
-PROMPTS = ("def ", "import ")
+PROMPTS = ("    def __init__(self, ", "import os\n")
 
 
 def main(argv: list[str]) -> int:

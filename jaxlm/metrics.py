@@ -222,6 +222,7 @@ class Progress:
         self.total, self.start = total_steps, start
         self._console = console or Console(stderr=True)
         self._began = self._printed = time.monotonic()
+        self._first: tuple[int, float] | None = None  # step and time of the first update
         self._shown: dict[str, Any] = {}
         self._bar: RichProgress | None = None
         if self._console.is_terminal and not self._console.is_dumb_terminal:
@@ -270,10 +271,13 @@ class Progress:
             parts.append(f"val {float(loss):.3f}")
         if (rate := self._shown.get("tokens_per_second")) is not None:
             parts.append(f"{short(float(rate))} tok/s")
-        if step > self.start:
-            left = (now - self._began) / (step - self.start) * (self.total - step)
-            done = step >= self.total
-            parts.append(f"{_clock(now - self._began)} in all" if done else f"{_clock(left)} left")
+        if step >= self.total:
+            parts.append(f"{_clock(now - self._began)} in all")
+        elif self._first is None or step <= self._first[0]:
+            self._first = (step, now)  # the step before it compiled: its time says nothing of those to come
+        else:
+            pace = (now - self._first[1]) / (step - self._first[0])
+            parts.append(f"{_clock(pace * (self.total - step))} left")
         return "  ".join(parts) or "compiling"
 
 

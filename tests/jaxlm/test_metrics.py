@@ -155,6 +155,7 @@ def test_progress_on_a_terminal_is_a_bar_with_losses() -> None:
     console = Console(file=screen, force_terminal=True, width=80, color_system=None, legacy_windows=False)
     console._environ = {"TERM": "xterm"}
     with Progress(100, 20, console=console) as bar:
+        bar.update(21, {"loss": 9.0})  # the step that compiled: no estimate is made of its time
         bar.update(30, {"loss": 3.25, "val_loss": 3.5, "tokens_per_second": 51_000.0})
         bar.message("saved")
     text = screen.getvalue()

@@ -126,7 +126,7 @@ def train_gptoss(steps: int, batch_size: int, out: Path) -> dict[str, Any]:
         "mfu": mfu(
             rate, flops_per_token(run.model, train.seq_len), peak_flops(device.device_kind, "bfloat16")
         ),
-        "peak_bytes": device.memory_stats().get("peak_bytes_in_use"),
+        "peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
         "total_seconds": time.perf_counter() - started,
         "losses": losses,
     }

@@ -128,9 +128,11 @@ def _registry() -> tyro.constructors.ConstructorRegistry:
 
 def _one_line(text: str) -> str:
     """tyro's box as one line: the message, and the nearest option where it knows one."""
-    lines = [re.sub(r"^[│╭╰][─ ]?|[│╮╯]$", "", line).strip() for line in text.splitlines()]
-    rule = [i for i, line in enumerate(lines) if set(line) <= {"─"} and line]
-    body = [line for line in lines[1 : rule[0] if rule else None] if line and not set(line) <= {"─", "╯"}]
+    lines = [re.sub(r"^[│|╭╰+][─ -]?|[│|╮╯+]$", "", line).strip() for line in text.splitlines()]
+    rules = [i for i, line in enumerate(lines) if line and set(line) <= {"─", "-"}]
+    first = 2 if rules[:1] == [1] else 1  # the title stands in the border, or on a ruled line of its own
+    ends = [i for i in rules if i > first]
+    body = [line for line in lines[first : ends[0] if ends else None] if line]
     message = " ".join(body) or "the command line could not be read"
     message = re.sub(
         r"^Error parsing ([\w.-]+): ", lambda m: "" if m[1].startswith("run") else f"{m[1]}: ", message

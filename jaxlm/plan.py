@@ -89,7 +89,7 @@ def compile_step(run: RunConfig) -> Compiled:
     memory, text = compiled.memory_analysis(), compiled.as_text()
     state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state_shapes(run))) // run.mesh.size
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    counts = {kind: len(re.findall(rf"= \S+ {kind}(?:-start)?\(", text)) for kind in COLLECTIVES}
+    counts = {kind: len(re.findall(rf" {kind}(?:-start)?\(", text)) for kind in COLLECTIVES}
     return Compiled(peak + memory.temp_size_in_bytes, state, memory.temp_size_in_bytes, counts, text)
 
 

@@ -231,7 +231,7 @@ _LLAMA_1B = RunConfig(
 
 PRESETS: dict[str, Preset] = {
     "quickstart": Preset(
-        _quickstart(d_ff=256, moe=MoEConfig(n_experts=8, n_active=2, balance="mixtral")),
+        _quickstart(d_ff=256, moe=MoEConfig(n_experts=8, n_active=2, balance="mixtral", balance_coef=0.1)),
         source="this project; the layout is Mixtral's (arXiv:2401.04088)",
         params=6_102_720,
         note="2,563,776 active; theta, eps and head_dim differ from transformers' defaults, so that losing one shows",

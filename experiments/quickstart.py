@@ -42,8 +42,11 @@ def main(argv: list[str]) -> int:
     print_samples(trained)
     agreement = export_and_prove(trained.run.model, from_jax(trained.engine.params), path / "torchref")
     shutil.copyfile(path / "tokenizer.json", path / "torchref" / "tokenizer.json")
+    report = trained.directory.report
+    report.parent.mkdir(exist_ok=True)
+    report.write_text(json.dumps(agreement.report(str(path)), indent=2) + "\n", encoding="utf-8")
     print("\n" + "\n".join(agreement.lines()))
-    print(f"\neverything is in {path}: metrics.jsonl, plots/, checkpoints/, samples.txt, torchref/")
+    print(f"\neverything is in {path}: metrics.jsonl, plots/, checkpoints/, samples.txt, torchref/, parity/")
     return 0 if beaten and agreement.passed else 1
 
 

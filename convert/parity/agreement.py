@@ -2,10 +2,12 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import torch
 
 from convert.native import to_jax
 from convert.parity.compare import gradient_errors, relative_error
@@ -18,6 +20,7 @@ from torchref.model import Decoder
 from torchref.train import make_gradient_fn as make_torch_gradient_fn
 from torchref.train import place_batch
 
+SCHEMA = 1  # of the report
 LIMIT = 1e-12  # rounding is 1e-15 to 5e-14; the smallest planted fault is 1e-6
 
 
@@ -35,6 +38,31 @@ class Agreement:
     def passed(self) -> bool:
         """All three within the limit."""
         return max(self.logits, self.loss, self.gradient) <= LIMIT
+
+    def report(self, target: str) -> dict[str, Any]:
+        """The result for programs: what was compared, on what, and each rung with its error and its limit."""
+        device = jax.devices()[0]
+        rungs = [
+            {"name": name, "passed": value <= LIMIT, "value": value, "limit": LIMIT, "worst": worst}
+            for name, value, worst in (
+                ("logits", self.logits, "logits"),
+                ("loss", self.loss, "loss"),
+                ("gradients", self.gradient, self.worst),
+            )
+        ]
+        ledger = {
+            "computation": "float64",
+            "jax": {"version": jax.__version__, "device": device.device_kind},
+            "torch": {"version": torch.__version__, "device": "cpu", "threads": torch.get_num_threads()},
+        }
+        return {
+            "schema": SCHEMA,
+            "target": target,
+            "dtype": "float64",
+            "passed": self.passed,
+            "ledger": ledger,
+            "rungs": rungs,
+        }
 
     def lines(self) -> list[str]:
         """The result for a person."""

@@ -30,6 +30,9 @@ def test_quickstart_goes_the_whole_way_and_moves_an_old_run_aside(
     }
     assert (directory / "samples.txt").read_text(encoding="utf-8").count("--- ") == 2
     assert (directory / "torchref" / "model.safetensors").is_file()
+    report = json.loads((directory / "parity" / "report.json").read_text())
+    assert report["passed"] and [rung["name"] for rung in report["rungs"]] == ["logits", "loss", "gradients"]
+    assert all(rung["value"] <= rung["limit"] == 1e-12 for rung in report["rungs"])
     assert json.loads((directory / "baselines.json").read_text())["bigram"] > 0
     second = run(quickstart.main, [*words, "--train.steps", "1"], capsys, monkeypatch)
     assert (

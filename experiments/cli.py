@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 a check failed; 2 bad input (one line on standard error); 
 
 import contextlib
 import errno
+import importlib.util
 import io
 import os
 import re
@@ -49,6 +50,12 @@ def fail(message: str) -> None:
     """Prints one line and exits with 2."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def need(module: str) -> None:
+    """Ends with one line, exit code 2, where an optional library is missing."""
+    if importlib.util.find_spec(module) is None:
+        fail(f"this needs {module}, which is not installed: pip install 'jaxlm[{module}]'")
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,17 @@ Writes DIR/config.json, DIR/model.safetensors and DIR/tokenizer.json. Exit code 
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import tyro
 
-from convert.native import export_torch
-from convert.parity.agreement import Agreement, float64_agreement
-from convert.tree import Flat, from_jax
-from experiments.cli import main_guard, parse, say
+from experiments.cli import main_guard, need, parse, say
 from experiments.targets import open_target
 from jaxlm.config import ModelConfig, RunConfig, TrainConfig
-from torchref.checkpoint import load_model
+
+if TYPE_CHECKING:
+    from convert.parity.agreement import Agreement
 
 
 @dataclass(frozen=True)
@@ -35,9 +34,10 @@ class ExportOptions:
 def main(argv: list[str]) -> int:
     """Entry point."""
     options = parse(ExportOptions, argv, "python -m experiments.export", __doc__ or "")
+    need("torch")
     target = open_target(options.target, checkpoint=options.checkpoint)
     out = Path(options.out)
-    agreement = export_and_prove(target.config, from_jax(target.params), out, options.seed)
+    agreement = export_and_prove(target.config, target.params, out, options.seed)
     tokenizer = Path(options.target) / "tokenizer.json"
     if tokenizer.is_file():
         shutil.copyfile(tokenizer, out / "tokenizer.json")
@@ -47,11 +47,17 @@ def main(argv: list[str]) -> int:
     return 0 if agreement.passed else 1
 
 
-def export_and_prove(config: ModelConfig, params: Flat, out: Path, seed: int = 0) -> Agreement:
+def export_and_prove(config: ModelConfig, params: dict[str, Any], out: Path, seed: int = 0) -> "Agreement":
     """Writes the checkpoint, reads it back, and compares what was read with what was trained."""
+    from convert.native import export_torch
+    from convert.parity.agreement import float64_agreement
+    from convert.tree import from_jax
+    from torchref.checkpoint import load_model
+
     export_torch(config, params, out)
     run = RunConfig(model=config, train=TrainConfig(batch_size=3, seq_len=min(96, config.context)))
-    return float64_agreement(run, params, load_model(out), comparison_batch(config, run.train.seq_len, seed))
+    batch = comparison_batch(config, run.train.seq_len, seed)
+    return float64_agreement(run, from_jax(params), load_model(out), batch)
 
 
 def comparison_batch(config: ModelConfig, length: int, seed: int) -> dict[str, np.ndarray]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.cli import RunOptions, main_guard, parse_run, say
+from experiments.cli import RunOptions, main_guard, need, parse_run, say
 from experiments.targets import TORCH_CHECKPOINTS
 from jaxlm.config import ConfigError, RunConfig
 from jaxlm.count import active_param_count, flops_per_token, param_count
@@ -87,6 +87,7 @@ def refuse_other_framework(path: Path, framework: str) -> None:
 def check_devices(run: RunConfig, framework: str) -> None:
     """Refuses a mesh that the machine or the framework does not have."""
     if framework == "torch":
+        need("torch")
         if run.mesh.size > 1:
             raise ConfigError(
                 f"--framework torch runs on one device, but --mesh {run.mesh} asks for {run.mesh.size}"

@@ -14,12 +14,12 @@ import math
 import shutil
 from pathlib import Path
 
-from convert.tree import from_jax
-from experiments.cli import main_guard, parse_run, say
+from experiments.cli import main_guard, need, parse_run, say
 from experiments.export import export_and_prove
-from experiments.pretrain import Trained, pretrain
+from experiments.pretrain import Trained, check_devices, pretrain
 from jaxlm.config import ConfigError
 from jaxlm.data.baselines import bigram_loss, gzip_bits_per_byte
+from jaxlm.data.corpus import open_corpus
 from jaxlm.run_dir import move_aside
 
 PROMPTS = ("    def __init__(self, ", "import os\n")
@@ -32,6 +32,9 @@ def main(argv: list[str]) -> int:
         raise ConfigError(
             "quickstart compares both frameworks and trains in JAX; use experiments.pretrain for torch"
         )
+    need("torch")
+    check_devices(options.run, options.framework)
+    open_corpus(options.run.data.path, options.run.data.column)  # bad input must not move anything
     path = Path(options.run_dir or f"runs/{options.preset}")
     if path.exists() and not options.resume:
         say(f"{path} is kept as {move_aside(path)}")
@@ -40,7 +43,7 @@ def main(argv: list[str]) -> int:
         return 0
     beaten = compare_with_baselines(trained)
     print_samples(trained)
-    agreement = export_and_prove(trained.run.model, from_jax(trained.engine.params), path / "torchref")
+    agreement = export_and_prove(trained.run.model, trained.engine.params, path / "torchref")
     shutil.copyfile(path / "tokenizer.json", path / "torchref" / "tokenizer.json")
     report = trained.directory.report
     report.parent.mkdir(exist_ok=True)

@@ -92,8 +92,10 @@ class Decoder(nnx.Module):
         )
         self.final_norm = RMSNorm(D, config.norm_eps, dtype=dtype)
         bias, std = config.head_bias, init_std(config, D)
-        head = Linear(D, V, bias=bias, std=std, axes=("embed", "vocab"), rngs=rngs, dtype=dtype)
-        self.lm_head = None if config.tied else head
+        axes = ("embed", "vocab")
+        self.lm_head = (
+            None if config.tied else Linear(D, V, bias=bias, std=std, axes=axes, rngs=rngs, dtype=dtype)
+        )
         self.head_bias = make_param((V,), ("vocab",), 0.0, rngs, dtype) if config.tied and bias else None
         self.config, self.remat = config, remat
 

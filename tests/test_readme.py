@@ -132,6 +132,8 @@ def test_tested_blocks_run(tmp_path: Path) -> None:
     tested = [block for block in blocks(readme()) if block.executed]
     if not tested:
         pytest.skip("README.md marks no block as tested")
+    if not (importlib.util.find_spec("torch") and importlib.util.find_spec("tyro")):
+        pytest.skip("the commands train in both frameworks")
     copy = tmp_path / "jaxlm"
     left = shutil.ignore_patterns(
         ".git", ".venv*", "runs", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info", "build"

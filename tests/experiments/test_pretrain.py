@@ -1,5 +1,6 @@
 """Training from the command line: exact resumption, every preset, one clear line for bad input."""
 
+import importlib.util
 import json
 import os
 import resource
@@ -14,6 +15,9 @@ from entry import SMALL, SMALL_MOE, run, sentences
 from experiments import export, pretrain, sample
 from jaxlm.metrics import read_metrics
 from jaxlm.presets import PRESETS
+
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="needs PyTorch")
 
 
 @pytest.fixture
@@ -30,7 +34,7 @@ def call(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
     return lambda main, *words: run(main, [str(w) for w in words], capsys, monkeypatch)
 
 
-@pytest.mark.parametrize("framework", ["jax", "torch"])
+@pytest.mark.parametrize("framework", ["jax", pytest.param("torch", marks=needs_torch)])
 def test_resume_is_bitwise(call, tmp_path: Path, text: Path, framework: str) -> None:
     """6 steps and 6 more give the losses of 12 at once, each step once in the log."""
     common = [*SMALL, *SMALL_MOE, "--data.path", text, "--framework", framework, "--optim.decay-steps", 12]
@@ -69,6 +73,7 @@ def _shrunk(name: str) -> list[str]:
 QUICK = ("minigpt-124m",)  # quickstart goes the same way in test_readme and test_quickstart
 
 
+@needs_torch
 @pytest.mark.parametrize(
     "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in PRESETS]
 )
@@ -174,6 +179,7 @@ def test_a_directory_with_another_run_is_refused_untouched(call, started) -> Non
     assert _contents(directory) == before
 
 
+@needs_torch
 def test_a_run_goes_on_in_its_own_framework_only(call, started) -> None:
     """A JAX run is not silently restarted in torch."""
     directory, words = started

@@ -1,5 +1,6 @@
 """The whole way in one command, on a small scale: train, compare, sample, export, prove."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import pytest
 from entry import SMALL, SMALL_MOE, run, sentences
 
 from experiments import quickstart
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs PyTorch")
 
 
 def test_quickstart_goes_the_whole_way_and_moves_an_old_run_aside(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from convert.rules import SAME, TRANSPOSE, Pair, Rule, convert, pair_up
+from convert.rules import SAME, TRANSPOSE, ConversionError, Pair, Rule, convert, pair_up
 from convert.tree import Flat, from_jax, from_torch, load_torch
 from jaxlm.config import ModelConfig
 from jaxlm.model import Params, abstract_model
@@ -63,4 +63,8 @@ def import_torch(directory: Path) -> tuple[ModelConfig, Params]:
     """Reads a torchref checkpoint into jaxlm parameters."""
     model = load_model(directory)
     flat = to_jax(model.config, from_torch(model))
+    if not jax.config.jax_enable_x64 and any(value.dtype == np.float64 for value in flat.values()):
+        raise ConversionError(
+            f"{directory} holds float64 weights: set JAX_ENABLE_X64=1, or jax would narrow them"
+        )
     return model.config, {path: jnp.asarray(np.asarray(value)) for path, value in flat.items()}

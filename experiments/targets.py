@@ -118,6 +118,8 @@ def _restore(run: RunConfig, directory: Path, which: str) -> "Params":
     from jaxlm.checkpoint import Checkpoints
     from jaxlm.train import state_shapes
 
+    if run.train.param_dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = state_shapes(run)
     template = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)

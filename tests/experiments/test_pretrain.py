@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from entry import SMALL, SMALL_MOE, run, sentences
+from tolerances import tolerance
 
 from experiments import export, pretrain, sample
 from jaxlm.metrics import read_metrics
@@ -282,3 +283,23 @@ def test_the_first_interrupt_saves_and_ends_in_order(tmp_path: Path, text: Path)
     assert process.returncode == 0 and "SIGTERM: saved at step" in err, err
     last = read_metrics(log)[-1]["step"]
     assert (directory / "checkpoints" / str(last)).is_dir()
+
+
+@pytest.mark.slow
+def test_a_run_moves_between_meshes_without_a_seam(tmp_path: Path, text: Path) -> None:
+    """Float64: four steps on fsdp x tensor x expert, four more on data, equal eight on one device."""
+    words = ["quickstart", *SMALL, *SMALL_MOE, "--train.batch-size", "8", "--data.path", str(text)]
+    words += ["--train.dtype", "float64", "--train.param-dtype", "float64", "--optim.decay-steps", "8"]
+    parts, whole = tmp_path / "parts", tmp_path / "whole"
+    for steps, mesh, where, more in (
+        (4, "fsdp=2,tensor=2,expert=2", parts, []),
+        (8, "data=4", parts, ["--resume"]),
+        (8, "data=1", whole, []),
+    ):
+        command = [sys.executable, "-m", "experiments.pretrain", *words, "--train.steps", str(steps)]
+        command += ["--mesh", mesh, "--run-dir", str(where), *more]
+        done = subprocess.run(command, capture_output=True, text=True)  # a process of its own: x64 is global
+        assert done.returncode == 0, done.stderr[-2000:]
+    logs = [read_metrics(where / "metrics.jsonl") for where in (parts, whole)]
+    errors = [abs(a["loss"] - b["loss"]) for a, b in zip(*logs, strict=True)]
+    assert len(errors) == 8 and max(errors) <= tolerance("f64_mesh"), errors

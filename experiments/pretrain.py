@@ -201,12 +201,8 @@ def make_engine(run: RunConfig, directory: RunDir, framework: str) -> Any:
         from torchref.engine import TorchEngine
 
         return TorchEngine(run, directory.path / CHECKPOINTS["torch"])
-    import jax
-
     from jaxlm.engine import JaxEngine
 
-    if "float64" in (run.train.dtype, run.train.param_dtype):
-        jax.config.update("jax_enable_x64", True)
     return JaxEngine(run, directory.path / CHECKPOINTS["jax"])
 
 

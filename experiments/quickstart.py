@@ -10,16 +10,16 @@ PyTorch. Everything is written to runs/quickstart; an older run there is moved a
 
 import itertools
 import json
-import math
 import shutil
 from pathlib import Path
 
 from experiments.cli import main_guard, need, parse_run, say
 from experiments.export import export_and_prove
-from experiments.pretrain import Trained, check_devices, pretrain
+from experiments.pretrain import Trained, check_devices, plotter, pretrain
 from jaxlm.config import ConfigError
 from jaxlm.data.baselines import bigram_loss, gzip_bits_per_byte
 from jaxlm.data.corpus import open_corpus
+from jaxlm.metrics import bits_per_byte
 from jaxlm.run_dir import move_aside
 
 PROMPTS = ("    def __init__(self, ", "import os\n")
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     beaten = compare_with_baselines(trained)
     print_samples(trained)
     agreement = export_and_prove(trained.run.model, trained.engine.params, path / "torchref")
-    shutil.copyfile(path / "tokenizer.json", path / "torchref" / "tokenizer.json")
+    shutil.copyfile(trained.directory.tokenizer, path / "torchref" / "tokenizer.json")
     report = trained.directory.report
     report.parent.mkdir(exist_ok=True)
     report.write_text(json.dumps(agreement.report(str(path)), indent=2) + "\n", encoding="utf-8")
@@ -61,11 +61,8 @@ def compare_with_baselines(trained: Trained) -> bool:
     bigram = bigram_loss(data.train, data.val, run.model.vocab_size, seen)
     text = data.tokenizer.decode_bytes(data.val[0 : len(data.val)])
     bytes_per_token = len(text) / len(data.val)
-    bits = 1 / math.log(2) / bytes_per_token
     gzip = gzip_bits_per_byte(text)
-    (trained.directory.path / "baselines.json").write_text(
-        json.dumps({"bigram": bigram}) + "\n", encoding="utf-8"
-    )
+    trained.directory.baselines.write_text(json.dumps({"bigram": bigram}) + "\n", encoding="utf-8")
     rows = [
         ("training loss (last step)", result.loss),
         ("validation loss", result.val_loss),
@@ -75,15 +72,13 @@ def compare_with_baselines(trained: Trained) -> bool:
         f"\n{result.step * run.train.batch_size * run.train.seq_len:,} tokens seen   nats per token   bits per byte"
     )
     for name, nats in rows:
-        print(f"  {name:<52} {nats:8.4f} {nats * bits:12.4f}")
+        print(f"  {name:<52} {nats:8.4f} {bits_per_byte(nats, bytes_per_token):12.4f}")
     print(f"  {'gzip -9 of the validation text (shown, not a target)':<52} {'':8} {gzip:12.4f}")
     beaten = result.val_loss < bigram
     verdict = "beats the bigram table by" if beaten else "DOES NOT BEAT the bigram table:"
     print(f"  the model {verdict} {bigram - result.val_loss:+.4f} nats per token")
     if run.train.plots:
-        from jaxlm.plots import plot_run
-
-        plot_run(trained.directory.path)
+        plotter(trained.directory)()
     return beaten
 
 
@@ -103,7 +98,7 @@ def print_samples(trained: Trained) -> None:
     titles = [f"--- {prompt!r}, temperature 0.8, top-k 40" for prompt in PROMPTS]
     body = "\n".join(f"{title}\n{text}" for title, text in zip(titles, texts, strict=True))
     print(f"\n{body}")
-    (trained.directory.path / "samples.txt").write_text(body + "\n", encoding="utf-8")
+    trained.directory.samples.write_text(body + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

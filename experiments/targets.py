@@ -113,15 +113,8 @@ def _has_orbax(path: Path) -> bool:
 
 def _restore(run: RunConfig, directory: Path, which: str) -> "Params":
     """Parameters of an orbax checkpoint on one device, whatever mesh saved them."""
-    import jax
-
     from jaxlm.checkpoint import Checkpoints
-    from jaxlm.train import state_shapes
+    from jaxlm.engine import restore_state
 
-    if run.train.param_dtype == "float64":
-        jax.config.update("jax_enable_x64", True)
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = state_shapes(run)
-    template = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
-    state, _ = Checkpoints(directory).restore(which, template)  # type: ignore[arg-type]
+    state, _ = restore_state(run, Checkpoints(directory), which)  # type: ignore[arg-type]
     return state.params

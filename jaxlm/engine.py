@@ -26,10 +26,32 @@ from jaxlm.train import (
 )
 
 
+def widen_if_needed(run: RunConfig) -> None:
+    """Lets jax compute in float64 where the run does; process-wide, and before anything is traced."""
+    if "float64" in (run.train.dtype, run.train.param_dtype):
+        jax.config.update("jax_enable_x64", True)
+
+
+def restore_state(
+    run: RunConfig, checkpoints: Checkpoints, which: int | Literal["latest", "best"], mesh: Mesh | None = None
+) -> tuple[TrainState, dict[str, Any]]:
+    """A checkpoint's state on a mesh or, without one, on one device, and what was saved beside it."""
+    widen_if_needed(run)
+    shapes = state_shapes(run)
+    if mesh is None:
+        whole = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        places = jax.tree.map(lambda _: whole, shapes)
+    else:
+        places = state_shardings(run, mesh, abstract_model(run.model))
+    template = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places)
+    return checkpoints.restore(which, template)
+
+
 class JaxEngine:
     """Implements jaxlm.loop.Engine."""
 
     def __init__(self, run: RunConfig, directory: Path, backends: Backends = Backends()):
+        widen_if_needed(run)
         self.run, self.directory = run, directory
         self.mesh: Mesh | None = make_mesh(run.mesh) if run.mesh.size > 1 else None
         self._train, self._evaluate = make_train_step(run, self.mesh, backends), make_eval_step(run, backends)
@@ -44,16 +66,7 @@ class JaxEngine:
 
     def restore(self, which: int | Literal["latest", "best"] = "latest") -> dict[str, Any]:
         """Continues from a checkpoint, onto whatever mesh this run has; returns what was saved beside the state."""
-        shapes = state_shapes(self.run)
-        if self.mesh is None:
-            whole = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            places = jax.tree.map(lambda _: whole, shapes)
-        else:
-            places = state_shardings(self.run, self.mesh, abstract_model(self.run.model))
-        template = jax.tree.map(
-            lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places
-        )
-        state, extra = self.checkpoints.restore(which, template)
+        state, extra = restore_state(self.run, self.checkpoints, which, self.mesh)
         self.state, self._step = state, int(state.step)
         return extra
 

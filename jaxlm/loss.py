@@ -77,15 +77,16 @@ def chunked_token_loss(
     chunk_logits: int = CHUNK_LOGITS,
 ) -> TokenLoss:
     """`token_loss` over chunks of T, logits recomputed in the backward pass; one chunk where all logits are small."""
-    B, T, D = hidden.shape
-    chunks = next(
-        n for n in range(1, T + 1) if (T % n == 0 and B * T // n * weight.shape[1] <= chunk_logits) or n == T
-    )
-    if chunks == 1:
+    B, T, _ = hidden.shape
+    length = max(1, min(T, chunk_logits // (B * weight.shape[1])))
+    if length == T:
         return token_loss(hidden, weight, bias, targets, mask)
+    chunks = -(-T // length)
 
     def split(x: Array) -> Array:
-        return jnp.moveaxis(x.reshape(B, chunks, T // chunks, *x.shape[2:]), 1, 0)
+        """[B, T, ...] -> [chunks, B, length, ...]; the tail is filled with zeros, whose mask is zero too."""
+        x = jnp.pad(x, ((0, 0), (0, chunks * length - T), *((0, 0),) * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(B, chunks, length, *x.shape[2:]), 1, 0)
 
     @jax.checkpoint
     def body(total: TokenLoss, chunk: tuple[Array, Array, Array]) -> tuple[TokenLoss, None]:

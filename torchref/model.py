@@ -6,6 +6,8 @@
 back by module path ("blocks.0.attn.q"), the same keys in both frameworks.
 """
 
+import functools
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -157,11 +159,16 @@ class Decoder(nn.Module):
     def _rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         if self.config.position != "rope":
             return None
-        wide = torch.promote_types(dtype, torch.float32)
-        cos, sin = (
-            torch.tensor(table, dtype=wide, device=positions.device) for table in rope_table(self.config)
-        )
+        cos, sin = _rope_tensors(self.config, torch.promote_types(dtype, torch.float32), positions.device)
         return cos[positions], sin[positions]
+
+
+@functools.lru_cache(maxsize=16)
+def _rope_tensors(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The shared table on a device, made once; never an inference tensor, since training may meet it later."""
+    with torch.inference_mode(False):
+        cos, sin = (torch.tensor(table, dtype=dtype, device=device) for table in rope_table(config))
+    return cos, sin
 
 
 def _embed_std(config: ModelConfig) -> float:

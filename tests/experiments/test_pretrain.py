@@ -254,8 +254,9 @@ def test_no_space_for_a_checkpoint_keeps_the_previous_one(call, started) -> None
     assert done.code == 0 and "resumed at step 2" in done.err, done.err
 
 
-def test_the_first_interrupt_saves_and_ends_in_order(tmp_path: Path, text: Path) -> None:
-    """SIGTERM during training: the step is finished, saved, exit code 0, and the run resumes there."""
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_the_first_interrupt_saves_and_ends_in_order(tmp_path: Path, text: Path, name: str) -> None:
+    """A signal during training: the step is finished, saved, exit code 0, and the run resumes there."""
     import signal
     import time
 
@@ -278,9 +279,9 @@ def test_the_first_interrupt_saves_and_ends_in_order(tmp_path: Path, text: Path)
     log, deadline = directory / "metrics.jsonl", time.monotonic() + 120
     while (not log.exists() or log.stat().st_size < 2000) and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.Signals[name])
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 0 and "SIGTERM: saved at step" in err, err
+    assert process.returncode == 0 and f"{name}: saved at step" in err, err
     last = read_metrics(log)[-1]["step"]
     assert (directory / "checkpoints" / str(last)).is_dir()
 

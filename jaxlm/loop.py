@@ -124,14 +124,15 @@ def fit(
     report = _Reporter(run, sink, meter, flops_per_token, peak_flops)
     val_loss, pending = math.nan, None
     with Progress(train.steps, engine.step) as bar, Interrupts() as interrupts:
-        while engine.step < train.steps and not interrupts.received:
+        while engine.step < train.steps:
             metrics = engine.train_step(next(loader))
             if pending is not None:
                 bar.update(*report(*pending))
             pending = (engine.step, metrics)
-            step, last = engine.step, engine.step == train.steps or interrupts.received > 0
+            # Asked once per step: a signal that comes later than this is the next step's, and nothing goes unsaved.
+            step, stopping = engine.step, interrupts.received > 0
             evaluating, saving = step % train.eval_interval == 0, step % train.save_interval == 0
-            if not (evaluating or saving or last):
+            if not (evaluating or saving or stopping or step == train.steps):
                 continue
             _plain(metrics["loss"])  # the step ends before the clock stops
             with meter.paused():
@@ -143,6 +144,8 @@ def fit(
                 pending = None
                 engine.save({"loader": loader.get_state(), "best": best}, extra.get("val_loss"))
                 _after(on_checkpoint)
+            if stopping:
+                break
         engine.close()
     seconds, stopped = time.perf_counter() - started, interrupts.name if engine.step < train.steps else ""
     return Result(engine.step, report.loss, val_loss, best, seconds, stopped)

@@ -94,18 +94,19 @@ def readable_attention(
     bias: Float[Array, "N T S"] | None,
     rate: float,
     key: Array | None,
-) -> Float[Array, "B T N H"]:
-    """One head at a time, as the equation is written."""
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T S"]]:
+    """One head at a time, as the equation is written; also the scores, -inf where not allowed."""
     group = q.shape[2] // k.shape[2]
-    heads = []
+    heads, scores = [], []
     for head, head_key in enumerate(split_key(key, q.shape[2])):
         q_BTH, k_BSH, v_BSH = q[:, :, head], k[:, :, head // group], v[:, :, head // group]
         scores_BTS = upcast(q_BTH) @ upcast(k_BSH).mT / q.shape[3] ** 0.5
         if bias is not None:
             scores_BTS += upcast(bias[head])
+        scores.append(jnp.where(mask, scores_BTS, -jnp.inf))
         weights_BTS = masked_softmax(scores_BTS, mask).astype(v.dtype)
         heads.append(dropout(weights_BTS, rate, head_key) @ v_BSH)
-    return jnp.stack(heads, axis=2)
+    return jnp.stack(heads, axis=2), jnp.stack(scores, axis=1)
 
 
 def fast_attention(
@@ -116,8 +117,8 @@ def fast_attention(
     bias: Float[Array, "N T S"] | None,
     rate: float,
     key: Array | None,
-) -> Float[Array, "B T N H"]:
-    """All heads in two contractions; q, k, v in their dtype, scores and softmax upcast."""
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T S"]]:
+    """All heads in two contractions; q, k, v in their dtype, scores (-inf where not allowed) and softmax upcast."""
     B, T, N, H = q.shape
     K = k.shape[2]
     wide = jnp.promote_types(q.dtype, jnp.float32)
@@ -125,8 +126,10 @@ def fast_attention(
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k, preferred_element_type=wide) / H**0.5
     if bias is not None:
         scores += upcast(bias.reshape(1, K, N // K, *bias.shape[1:]))
-    weights = masked_softmax(scores, mask[:, None, None]).astype(v.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", dropout(weights, rate, key), v).reshape(B, T, N, H)
+    mask = mask[:, None, None]
+    weights = masked_softmax(scores, mask).astype(v.dtype)
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", dropout(weights, rate, key), v).reshape(B, T, N, H)
+    return out, jnp.where(mask, scores, -jnp.inf).reshape(B, N, T, -1)
 
 
 def cudnn_attention(q: Array, k: Array, v: Array, window: int) -> Array:
@@ -204,19 +207,19 @@ class Attention(nnx.Module):
                 jax.lax.dynamic_update_slice_in_dim(cache.v, v_BTKH.astype(cache.v.dtype), start, axis=1),
             )
             k_BSKH, v_BSKH = cache.k, cache.v
-        out_BTNH = self.attend(q_BTNH, k_BSKH, v_BSKH, visibility, cached=cache is not None, key=key)
-        acts["heads"] = out_BTNH
+        out_BTNH, scores = self.attend(q_BTNH, k_BSKH, v_BSKH, visibility, cached=cache is not None, key=key)
+        acts |= {"heads": out_BTNH} if scores is None else {"scores": scores, "heads": out_BTNH}
         return self.o_proj(out_BTNH.reshape(B, T, -1)), acts, cache
 
     def attend(
         self, q: Array, k: Array, v: Array, visibility: Visibility, cached: bool, key: Array | None = None
-    ) -> Float[Array, "B T N H"]:
-        """Dispatches to the implementation; all give the same result."""
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T S"] | None]:
+        """Dispatches to the implementation; all give the same result, and the scores where they exist."""
         dropping = key is not None and self.rate > 0
         plain = not cached and visibility.query_segment is None and self.bias_table is None and not dropping
         backend = choose_attention(self.backend, q, plain)
         if backend == "cudnn":
-            return cudnn_attention(q, k, v, self.window)
+            return cudnn_attention(q, k, v, self.window), None
         bias = None
         if self.bias_table is not None:
             rows, columns = visibility.query_index[:, None], visibility.key_index[None, :]

@@ -27,6 +27,7 @@ from jax.typing import DTypeLike
 
 from jaxlm.attention import KVCache, init_cache
 from jaxlm.config import ConfigError, ModelConfig
+from jaxlm.layers import add_bias
 from jaxlm.model import Decoder, Params, Split, merge_model
 from jaxlm.shapes import Float, Int
 
@@ -293,7 +294,7 @@ def _noise(draws: _Draws, step: int | Array, logits: Array) -> Array | None:
 def _logits(decoder: Decoder, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
     weight, bias = decoder.head()
     logits = hidden @ weight.astype(hidden.dtype)
-    return logits if bias is None else logits + bias.astype(hidden.dtype)[None]
+    return logits if bias is None else add_bias(logits, bias)
 
 
 def _bucket(n: int) -> int:

@@ -52,6 +52,11 @@ def init_std(config: ModelConfig, fan_in: int, residual: bool = False) -> float:
     return config.init_std / (math.sqrt(2 * config.n_layers) if residual else 1.0)
 
 
+def add_bias(y: Float[Array, "*B O"], bias: Float[Array, " O"]) -> Float[Array, "*B O"]:
+    """y + bias in y's dtype, added upcast: so the bias's gradient is summed over all tokens in at least float32."""
+    return (upcast(y) + upcast(bias.astype(y.dtype))).astype(y.dtype)
+
+
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last axis; the mean upcast, the product in x's dtype.
 
@@ -65,7 +70,9 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         wide = upcast(x)
         normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return normed.astype(x.dtype) * self.weight[...].astype(x.dtype)
+        # The product of two halves is exact in float32 and rounded once: x's dtype, bit for bit. Said this way, the
+        # gradient of the weight is summed over all tokens in float32, which XLA would do in half precision.
+        return (upcast(normed.astype(x.dtype)) * upcast(self.weight[...].astype(x.dtype))).astype(x.dtype)
 
 
 class Linear(nnx.Module):
@@ -79,7 +86,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
         y = x @ self.weight[...].astype(x.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return y if self.bias is None else add_bias(y, self.bias[...])
 
 
 class Embed(nnx.Module):

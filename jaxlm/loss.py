@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxlm.config import ModelConfig
-from jaxlm.layers import upcast
+from jaxlm.layers import add_bias, upcast
 from jaxlm.moe import balance_loss, router_z_sum
 from jaxlm.shapes import Bool, Float, Int
 
@@ -59,7 +59,7 @@ def token_loss(
     """
     B, T, _ = hidden.shape
     logits = hidden @ weight.astype(hidden.dtype)
-    wide = upcast(logits if bias is None else logits + bias.astype(hidden.dtype))
+    wide = upcast(logits if bias is None else add_bias(logits, bias))
     log_z = jax.nn.logsumexp(wide, axis=-1)
     # A masked sum instead of a gather: its gradient needs no scatter.
     hit = jax.lax.broadcasted_iota(jnp.int32, wide.shape, 2) == targets[..., None]

@@ -17,7 +17,18 @@ from jax.typing import DTypeLike
 
 from jaxlm.attention import Attention, KVCache, LayerCache, Visibility
 from jaxlm.config import ModelConfig
-from jaxlm.layers import MLP, Backends, Embed, Linear, RMSNorm, dropout, init_std, make_param, split_key
+from jaxlm.layers import (
+    MLP,
+    Backends,
+    Embed,
+    Linear,
+    RMSNorm,
+    add_bias,
+    dropout,
+    init_std,
+    make_param,
+    split_key,
+)
 from jaxlm.moe import MoE
 from jaxlm.rope_table import rope_table
 from jaxlm.shapes import Bool, Float, Int
@@ -48,6 +59,7 @@ class Block(nnx.Module):
         train: bool,
         cache: LayerCache | None = None,
         key: Array | None = None,
+        expert_ids: Int[Array, "B T A"] | None = None,
     ) -> tuple[Float[Array, "B T D"], dict[str, Array], LayerCache | None]:
         """The block's output, its activations by relative name, and its cache with this call's keys and values."""
         attn_key, mlp_key = split_key(key, 2)
@@ -58,7 +70,7 @@ class Block(nnx.Module):
         acts["mlp_norm"] = self.mlp_norm(x)
         if self.mlp is None:
             assert self.moe is not None
-            mlp_out, moe_acts = self.moe(acts["mlp_norm"], valid, train, mlp_key)
+            mlp_out, moe_acts = self.moe(acts["mlp_norm"], valid, train, mlp_key, expert_ids)
             acts |= {f"moe.{name}": value for name, value in moe_acts.items()} | {"moe": mlp_out}
         else:
             mlp_out = acts["mlp"] = self.mlp(acts["mlp_norm"], mlp_key)
@@ -107,11 +119,14 @@ class Decoder(nnx.Module):
         cache: KVCache | None = None,
         train: bool = False,
         key: Array | None = None,
+        expert_ids: Int[Array, "B T L A"] | None = None,
     ) -> tuple[Float[Array, "B T D"], dict[str, Array], KVCache | None]:
         """The final norm's output, all activations by module path, and the cache after these tokens.
 
         positions: rotary or learned positions, default 0..T-1 after the cached ones. segments: documents of a packed
         row are 1, 2, ...; 0 is padding; default one document. train: a capacity limit holds. key: dropout is drawn.
+        expert_ids: a recorded routing to replay, by layer (dense layers' entries are not read): probabilities stay
+        live, the choice is given (Megatron-Core's router replay; arXiv:2510.11370).
         """
         B, T = ids.shape
         start = jnp.zeros((), jnp.int32) if cache is None else cache.length
@@ -130,7 +145,8 @@ class Decoder(nnx.Module):
         for i, block in enumerate(self.blocks):
             run = _rematerialised(block) if self.remat == "block" else block
             layer_cache = None if cache is None else cache.layers[i]
-            x, block_acts, layer_cache = run(x, rope, visibility, valid, train, layer_cache, keys[i])
+            chosen = None if expert_ids is None else expert_ids[:, :, i]
+            x, block_acts, layer_cache = run(x, rope, visibility, valid, train, layer_cache, keys[i], chosen)
             acts |= {f"blocks.{i}.{name}": value for name, value in block_acts.items()} | {f"blocks.{i}": x}
             layers.append(layer_cache)
         acts["final_norm"] = x = self.final_norm(x)
@@ -146,13 +162,14 @@ class Decoder(nnx.Module):
         cache: KVCache | None = None,
         train: bool = False,
         key: Array | None = None,
+        expert_ids: Int[Array, "B T L A"] | None = None,
     ) -> tuple[Float[Array, "B T V"], dict[str, Array], KVCache | None]:
         """Like `hidden`, with the head on top: logits in the dtype of the computation."""
-        x, acts, cache = self.hidden(ids, positions, segments, cache, train, key)
+        x, acts, cache = self.hidden(ids, positions, segments, cache, train, key, expert_ids)
         weight, bias = self.head()
         acts["logits"] = logits = x @ weight.astype(x.dtype)
         if bias is not None:
-            acts["logits"] = logits = logits + bias.astype(x.dtype)
+            acts["logits"] = logits = add_bias(logits, bias)
         return logits, acts, cache
 
     def head(self) -> tuple[Float[Array, "D V"], Float[Array, " V"] | None]:
@@ -191,8 +208,8 @@ def _rematerialised(block: Block) -> Callable[..., Any]:
     """The block as a function whose activations are recomputed in the backward pass."""
     graphdef, state = nnx.split(block)
 
-    def run(state, x, rope, visibility, valid, train, cache, key):
-        return nnx.merge(graphdef, state)(x, rope, visibility, valid, train, cache, key)
+    def run(state, x, rope, visibility, valid, train, *rest):
+        return nnx.merge(graphdef, state)(x, rope, visibility, valid, train, *rest)
 
     checkpointed = jax.checkpoint(run, static_argnums=(5,))
     return lambda *args: checkpointed(state, *args)

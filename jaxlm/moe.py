@@ -30,10 +30,16 @@ class Routing(NamedTuple):
     kept: Bool[Array, "B T A"]
 
 
-def route(logits: Float[Array, "*B E"], n_active: int, renormalize: bool) -> tuple[Array, Array]:
-    """Ids [*B, A] of the largest logits, best first, lowest index on ties, and their softmax probabilities [*B, A]."""
+def route(
+    logits: Float[Array, "*B E"], n_active: int, renormalize: bool, ids: Int[Array, "*B A"] | None = None
+) -> tuple[Array, Array]:
+    """Ids [*B, A] of the largest logits, best first, lowest index on ties, and their softmax probabilities [*B, A].
+
+    ids: the experts of a recorded routing, taken instead of the largest logits.
+    """
     probs = jax.nn.softmax(logits, axis=-1)
-    _, ids = jax.lax.top_k(jax.lax.stop_gradient(logits), n_active)
+    if ids is None:
+        _, ids = jax.lax.top_k(jax.lax.stop_gradient(logits), n_active)
     # A one-hot product instead of a gather: its gradient needs no scatter.
     weights = jnp.sum(probs[..., None, :] * jax.nn.one_hot(ids, logits.shape[-1], dtype=probs.dtype), axis=-1)
     if renormalize:
@@ -215,10 +221,15 @@ class MoE(nnx.Module):
         self.config = moe
 
     def __call__(
-        self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"], train: bool, key: Array | None = None
+        self,
+        x: Float[Array, "B T D"],
+        valid: Bool[Array, "B T"],
+        train: bool,
+        key: Array | None = None,
+        expert_ids: Int[Array, "B T A"] | None = None,
     ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
         """The layer's output and its activations; a capacity limit holds in training only."""
-        routing = self.routing(x, valid, train)
+        routing = self.routing(x, valid, train, expert_ids)
         expert_key, shared_key = split_key(key, 2)
         combine = jnp.where(routing.kept, routing.weights, 0).astype(x.dtype)
         combined = self.experts(x, routing.ids, combine, expert_key)
@@ -231,10 +242,16 @@ class MoE(nnx.Module):
             combined = combined + shared
         return combined, acts
 
-    def routing(self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"], train: bool) -> Routing:
-        """Upcast router logits, chosen experts, their weights, and what a capacity limit keeps."""
+    def routing(
+        self,
+        x: Float[Array, "B T D"],
+        valid: Bool[Array, "B T"],
+        train: bool,
+        expert_ids: Int[Array, "B T A"] | None = None,
+    ) -> Routing:
+        """Upcast router logits, chosen (or replayed) experts, their weights, and what a capacity limit keeps."""
         logits = self.router(upcast(x))
-        ids, weights = route(logits, self.config.n_active, self.config.renormalize)
+        ids, weights = route(logits, self.config.n_active, self.config.renormalize, expert_ids)
         kept = jnp.ones(ids.shape, bool)
         if train and self.config.capacity_factor:
             kept = within_capacity(ids, valid, self.config.n_experts, self.config.capacity_factor)

@@ -2,7 +2,8 @@
 
     state, metrics = step(state, batch, scalars)
 
-A batch is a dict of arrays [B, T]: inputs, targets, loss_mask, and optionally segments and positions. Micro-batch m of
+A batch is a dict of arrays [B, T]: inputs, targets, loss_mask, and optionally segments, positions and
+expert_ids [B, T, L, A] (a routing to replay). Micro-batch m of
 M holds rows m, m+M, m+2M, ... so that every device keeps its own rows when the batch is split.
 """
 
@@ -91,7 +92,10 @@ def loss_and_metrics(
     """The loss of one micro-batch and what a run wants to know about it."""
     decoder = merge_model(graphdef, params)
     segments = batch.get("segments")
-    hidden, acts, _ = decoder.hidden(batch["inputs"], batch.get("positions"), segments, train=train, key=key)
+    routing = batch.get("expert_ids")
+    hidden, acts, _ = decoder.hidden(
+        batch["inputs"], batch.get("positions"), segments, train=train, key=key, expert_ids=routing
+    )
     weight, bias = decoder.head()
     tokens = chunked_token_loss(hidden, weight, bias, batch["targets"], batch["loss_mask"])
     valid = jnp.ones(batch["inputs"].shape, bool) if segments is None else segments > 0

@@ -24,6 +24,7 @@ IGNORED_ARGUMENTS = {"rngs", "key", "mesh", "sharding", "device"}
 # Every other difference, as file.name or file.name(argument); *(argument) is meant everywhere.
 EXCEPTIONS: dict[str, str] = {
     "*(axes)": "logical axis names say how jax shards a parameter; the reference runs on one device",
+    "layers.add_bias": "how jax is told to sum a bias's gradient in float32; torch does so by itself",
     "layers.split_key": "jax's random keys are split by hand; a torch.Generator carries its own state",
     "attention.cudnn_attention": "cuDNN's kernel through jax; torch's counterpart is sdpa_attention",
     "attention.sdpa_attention": "torch's own fused kernel; jax's counterpart is cudnn_attention",

@@ -81,18 +81,19 @@ def readable_attention(
     bias: Float[Tensor, "N T S"] | None,
     rate: float,
     key: torch.Generator | None,
-) -> Float[Tensor, "B T N H"]:
-    """One head at a time, as the equation is written."""
+) -> tuple[Float[Tensor, "B T N H"], Float[Tensor, "B N T S"]]:
+    """One head at a time, as the equation is written; also the scores, -inf where not allowed."""
     group = q.shape[2] // k.shape[2]
-    heads = []
+    heads, scores = [], []
     for head in range(q.shape[2]):
         q_BTH, k_BSH, v_BSH = q[:, :, head], k[:, :, head // group], v[:, :, head // group]
         scores_BTS = upcast(q_BTH) @ upcast(k_BSH).mT / q.shape[3] ** 0.5
         if bias is not None:
             scores_BTS = scores_BTS + upcast(bias[head])
+        scores.append(scores_BTS.masked_fill(~mask, -torch.inf))
         weights_BTS = masked_softmax(scores_BTS, mask).to(v.dtype)
         heads.append(dropout(weights_BTS, rate, key) @ v_BSH)
-    return torch.stack(heads, dim=2)
+    return torch.stack(heads, dim=2), torch.stack(scores, dim=1)
 
 
 def fast_attention(
@@ -103,16 +104,18 @@ def fast_attention(
     bias: Float[Tensor, "N T S"] | None,
     rate: float,
     key: torch.Generator | None,
-) -> Float[Tensor, "B T N H"]:
-    """All heads in two contractions; scores and softmax upcast."""
+) -> tuple[Float[Tensor, "B T N H"], Float[Tensor, "B N T S"]]:
+    """All heads in two contractions; scores (-inf where not allowed) and softmax upcast."""
     B, T, N, H = q.shape
     K = k.shape[2]
     q_BTKGH = q.reshape(B, T, K, N // K, H)
     scores = torch.einsum("BTKGH,BSKH->BKGTS", upcast(q_BTKGH), upcast(k)) / H**0.5
     if bias is not None:
         scores = scores + upcast(bias.reshape(1, K, N // K, *bias.shape[1:]))
-    weights = masked_softmax(scores, mask[:, None, None]).to(v.dtype)
-    return torch.einsum("BKGTS,BSKH->BTKGH", dropout(weights, rate, key), v).reshape(B, T, N, H)
+    mask = mask[:, None, None]
+    weights = masked_softmax(scores, mask).to(v.dtype)
+    out = torch.einsum("BKGTS,BSKH->BTKGH", dropout(weights, rate, key), v).reshape(B, T, N, H)
+    return out, scores.masked_fill(~mask, -torch.inf).reshape(B, N, T, -1)
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -181,8 +184,8 @@ class Attention(nn.Module):
             cache.k[:, start : start + T] = k_BTKH
             cache.v[:, start : start + T] = v_BTKH
             k_BSKH, v_BSKH = cache.k, cache.v
-        out_BTNH = self.attend(q_BTNH, k_BSKH, v_BSKH, visibility, cached=cache is not None, key=key)
-        acts["heads"] = out_BTNH
+        out_BTNH, scores = self.attend(q_BTNH, k_BSKH, v_BSKH, visibility, cached=cache is not None, key=key)
+        acts |= {"heads": out_BTNH} if scores is None else {"scores": scores, "heads": out_BTNH}
         return self.o_proj(out_BTNH.reshape(B, T, -1)), acts, cache
 
     def attend(
@@ -193,13 +196,14 @@ class Attention(nn.Module):
         visibility: Visibility,
         cached: bool,
         key: torch.Generator | None = None,
-    ) -> Float[Tensor, "B T N H"]:
-        """Dispatches to the implementation; all give the same result."""
+    ) -> tuple[Float[Tensor, "B T N H"], Float[Tensor, "B N T S"] | None]:
+        """Dispatches to the implementation; all give the same result, and the scores where they exist."""
         dropping = key is not None and self.rate > 0
         backend = choose_attention(self.backend, q, plain=self.bias_table is None and not dropping)
         causal_only = not cached and visibility.query_segment is None and not self.window
         if backend == "sdpa":
-            return sdpa_attention(q, k, v, None if causal_only else allowed(visibility, self.window))
+            mask = None if causal_only else allowed(visibility, self.window)
+            return sdpa_attention(q, k, v, mask), None
         bias = None
         if self.bias_table is not None:
             rows, columns = visibility.query_index[:, None], visibility.key_index[None, :]

@@ -49,6 +49,7 @@ class Block(nn.Module):
         train: bool,
         cache: LayerCache | None = None,
         key: torch.Generator | None = None,
+        expert_ids: Int[Tensor, "B T A"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], dict[str, Tensor], LayerCache | None]:
         """The block's output, its activations by relative name, and its cache with this call's keys and values."""
         acts = {"attn_norm": self.attn_norm(x)}
@@ -58,7 +59,7 @@ class Block(nn.Module):
         acts["mlp_norm"] = self.mlp_norm(x)
         if self.mlp is None:
             assert self.moe is not None
-            mlp_out, moe_acts = self.moe(acts["mlp_norm"], valid, train, key)
+            mlp_out, moe_acts = self.moe(acts["mlp_norm"], valid, train, key, expert_ids)
             acts |= {f"moe.{name}": value for name, value in moe_acts.items()} | {"moe": mlp_out}
         else:
             mlp_out = acts["mlp"] = self.mlp(acts["mlp_norm"], key)
@@ -100,11 +101,14 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         train: bool = False,
         key: torch.Generator | None = None,
+        expert_ids: Int[Tensor, "B T L A"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], dict[str, Tensor], KVCache | None]:
         """The final norm's output, all activations by module path, and the cache after these tokens.
 
         positions: rotary or learned positions, default 0..T-1 after the cached ones. segments: documents of a packed
         row are 1, 2, ...; 0 is padding; default one document. train: a capacity limit holds. key: dropout is drawn.
+        expert_ids: a recorded routing to replay, by layer (dense layers' entries are not read): probabilities stay
+        live, the choice is given (Megatron-Core's router replay; arXiv:2510.11370).
         """
         B, T = ids.shape
         start = 0 if cache is None else cache.length
@@ -121,7 +125,8 @@ class Decoder(nn.Module):
         acts, layers = {"embed": x}, []
         for i, block in enumerate(self.blocks):
             layer_cache = None if cache is None else cache.layers[i]
-            arguments = (x, rope, visibility, valid, train, layer_cache, key)
+            chosen = None if expert_ids is None else expert_ids[:, :, i]
+            arguments = (x, rope, visibility, valid, train, layer_cache, key, chosen)
             if self.remat == "block":
                 x, block_acts, layer_cache = checkpoint(block, *arguments, use_reentrant=False)
             else:
@@ -141,9 +146,10 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         train: bool = False,
         key: torch.Generator | None = None,
+        expert_ids: Int[Tensor, "B T L A"] | None = None,
     ) -> tuple[Float[Tensor, "B T V"], dict[str, Tensor], KVCache | None]:
         """Like `hidden`, with the head on top: logits in the dtype of the computation."""
-        x, acts, cache = self.hidden(ids, positions, segments, cache, train, key)
+        x, acts, cache = self.hidden(ids, positions, segments, cache, train, key, expert_ids)
         weight, bias = self.head()
         acts["logits"] = logits = x @ weight.to(x.dtype)
         if bias is not None:

@@ -25,11 +25,17 @@ class Routing(NamedTuple):
     kept: Bool[Tensor, "B T A"]
 
 
-def route(logits: Float[Tensor, "*B E"], n_active: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-    """Ids [*B, A] of the largest logits, best first, lowest index on ties, and their softmax probabilities [*B, A]."""
+def route(
+    logits: Float[Tensor, "*B E"], n_active: int, renormalize: bool, ids: Int[Tensor, "*B A"] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Ids [*B, A] of the largest logits, best first, lowest index on ties, and their softmax probabilities [*B, A].
+
+    ids: the experts of a recorded routing, taken instead of the largest logits.
+    """
     probs = logits.softmax(-1)
     # torch.topk breaks ties in no particular order; a stable sort keeps the lowest index first.
-    ids = logits.detach().sort(dim=-1, descending=True, stable=True).indices[..., :n_active]
+    if ids is None:
+        ids = logits.detach().sort(dim=-1, descending=True, stable=True).indices[..., :n_active]
     weights = probs.gather(-1, ids)
     if renormalize:
         weights = weights / weights.sum(-1, keepdim=True)
@@ -178,9 +184,10 @@ class MoE(nn.Module):
         valid: Bool[Tensor, "B T"],
         train: bool,
         key: torch.Generator | None = None,
+        expert_ids: Int[Tensor, "B T A"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], dict[str, Tensor]]:
         """The layer's output and its activations; a capacity limit holds in training only."""
-        routing = self.routing(x, valid, train)
+        routing = self.routing(x, valid, train, expert_ids)
         combine = torch.where(routing.kept, routing.weights, 0).to(x.dtype)
         combined = self.experts(x, routing.ids, combine, key)
         acts = {"router_logits": routing.logits, "expert_ids": routing.ids, "weights": routing.weights}
@@ -192,10 +199,16 @@ class MoE(nn.Module):
             combined = combined + shared
         return combined, acts
 
-    def routing(self, x: Float[Tensor, "B T D"], valid: Bool[Tensor, "B T"], train: bool) -> Routing:
-        """Upcast router logits, chosen experts, their weights, and what a capacity limit keeps."""
+    def routing(
+        self,
+        x: Float[Tensor, "B T D"],
+        valid: Bool[Tensor, "B T"],
+        train: bool,
+        expert_ids: Int[Tensor, "B T A"] | None = None,
+    ) -> Routing:
+        """Upcast router logits, chosen (or replayed) experts, their weights, and what a capacity limit keeps."""
         logits = self.router(upcast(x))
-        ids, weights = route(logits, self.config.n_active, self.config.renormalize)
+        ids, weights = route(logits, self.config.n_active, self.config.renormalize, expert_ids)
         kept = torch.ones_like(ids, dtype=torch.bool)
         if train and self.config.capacity_factor:
             kept = within_capacity(ids, valid, self.config.n_experts, self.config.capacity_factor)

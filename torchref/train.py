@@ -2,7 +2,8 @@
 
     state, metrics = step(state, batch, scalars)
 
-A batch is a dict of arrays [B, T]: inputs, targets, loss_mask, and optionally segments and positions. Micro-batch m of
+A batch is a dict of arrays [B, T]: inputs, targets, loss_mask, and optionally segments, positions and
+expert_ids [B, T, L, A] (a routing to replay). Micro-batch m of
 M holds rows m, m+M, m+2M, ...
 """
 
@@ -65,7 +66,7 @@ def loss_and_metrics(
     """The loss of one micro-batch and what a run wants to know about it."""
     segments = batch.get("segments")
     arguments = (batch["inputs"], batch.get("positions"), segments)
-    call = {"method": "hidden", "train": train, "key": key}
+    call = {"method": "hidden", "train": train, "key": key, "expert_ids": batch.get("expert_ids")}
     hidden, acts, _ = torch.func.functional_call(_Caller(decoder), _under(params), arguments, call)
     tokens = chunked_token_loss(hidden, *_head(decoder, params), batch["targets"], batch["loss_mask"])
     valid = torch.ones_like(batch["inputs"], dtype=torch.bool) if segments is None else segments > 0
@@ -171,7 +172,7 @@ def make_train_step(
             group["lr"] = float(scalars.lr)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
-        metrics |= {"grad_norm": norm, "clip_scale": scale, "lr": torch.tensor(float(scalars.lr))}
+        metrics |= {"grad_norm": norm, "clip_scale": scale, "lr": torch.tensor(float(scalars.lr), dtype=torch.float64)}
         return state._replace(step=state.step + 1), metrics
 
     return step

@@ -190,7 +190,7 @@ def both_forms(q, k, v, bias, mask):
 
     def run(form):
         def loss(q, k, v, bias):
-            out = form(q, k, v, mask, bias, 0.0, None)
+            out, _ = form(q, k, v, mask, bias, 0.0, None)
             return jnp.sum(out * direction), out
 
         (_, out), grads = jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True)(q, k, v, bias)
@@ -221,7 +221,7 @@ def test_gradients_reach_exactly_the_visible_keys(x64: None) -> None:
     @quick_jit
     def reach(mask):
         """|d out[b, i] / d v[c, j]|, as [b, c, i, j]."""
-        jacobian = jax.jacrev(lambda v: fast_attention(q, k, v, mask, None, 0.0, None).sum((2, 3)))(v)
+        jacobian = jax.jacrev(lambda v: fast_attention(q, k, v, mask, None, 0.0, None)[0].sum((2, 3)))(v)
         return jnp.moveaxis(jnp.abs(jacobian).sum((-1, -2)), 2, 1)
 
     for window in (0, 1, 2, 5):
@@ -287,7 +287,7 @@ def without_activations(config: ModelConfig, model: Any, ids: Any, positions: An
         q, k, v = (
             p(h).reshape(*ids.shape, -1, config.head_dim) for p in (attn.q_proj, attn.k_proj, attn.v_proj)
         )
-        heads = attn.attend(apply_rope(q, *rope), apply_rope(k, *rope), v, visibility, cached=False)
+        heads, _ = attn.attend(apply_rope(q, *rope), apply_rope(k, *rope), v, visibility, cached=False)
         x = x + attn.o_proj(heads.reshape(*ids.shape, -1))
         x = x + block.mlp(block.mlp_norm(x))
     return model.final_norm(x) @ model.head()[0]

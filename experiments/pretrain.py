@@ -3,6 +3,8 @@
     python -m experiments.pretrain quickstart --data.path book.txt --train.steps 200 --run-dir runs/book
     python -m experiments.pretrain quickstart --run-dir runs/book --train.steps 400 --resume
 
+A run started in one framework goes on in the other: --resume takes the newest checkpoint of either.
+
 The run directory holds config.json, env.json, tokenizer.json, metrics.jsonl, plots/, data/ (tokenised shards) and
 checkpoints/. quickstart on two CPU cores: about 6,000 tokens per second.
 """
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.cli import RunOptions, main_guard, need, parse_run, say
-from experiments.targets import TORCH_CHECKPOINTS
+from experiments.handover import CHECKPOINTS, resume
 from jaxlm.config import ConfigError, RunConfig
 from jaxlm.count import active_param_count, flops_per_token, param_count
 from jaxlm.data.corpus import Corpus, open_corpus
@@ -25,8 +27,6 @@ from jaxlm.loop import Result, fit
 from jaxlm.metrics import JsonlSink, peak_flops
 from jaxlm.run_dir import RunDir, open_run
 from jaxlm.tokenizer import Tokenizer, open_tokenizer
-
-CHECKPOINTS = {"jax": "checkpoints", "torch": TORCH_CHECKPOINTS}  # folders of a run directory
 
 
 @dataclass
@@ -62,7 +62,6 @@ def pretrain(options: RunOptions) -> Trained:
     run = options.run
     check_devices(run, options.framework)
     corpus = open_corpus(run.data.path, run.data.column)
-    refuse_other_framework(path, options.framework)
     directory, run, resumed = open_run(path, run, options.resume)
     if options.resume and not resumed:
         say(f"{path} holds nothing to resume; starting fresh")
@@ -73,15 +72,6 @@ def pretrain(options: RunOptions) -> Trained:
             shutil.rmtree(path, ignore_errors=True)
         raise
     return train(run, directory, data, options.framework, resumed)
-
-
-def refuse_other_framework(path: Path, framework: str) -> None:
-    """A run goes on in the framework it was started in."""
-    other, mine = ("torch", "jax") if framework == "jax" else ("jax", "torch")
-    if (path / CHECKPOINTS[other]).exists() and not (path / CHECKPOINTS[mine]).exists():
-        raise ConfigError(
-            f"{path} was trained with --framework {other}, not {mine}; use the same or another --run-dir"
-        )
 
 
 def check_devices(run: RunConfig, framework: str) -> None:
@@ -150,8 +140,8 @@ def train(run: RunConfig, directory: RunDir, data: Prepared, framework: str, res
     engine = make_engine(run, directory, framework)
     directory.write_env([device_kind(framework)], run.train.seed)
     best, step, loader_state = math.inf, 0, None
-    if resumed and engine.latest_step is not None:
-        extra = engine.restore("latest")
+    extra = resume(run, directory, engine, framework) if resumed else None
+    if extra is not None:
         best, step, loader_state = extra["best"], engine.step, extra["loader"]
         say(f"resumed at step {step} of {run.train.steps}")
     else:

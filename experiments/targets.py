@@ -41,7 +41,27 @@ class Target:
         if self.run is None:
             return self.path
         directory = self.path / TORCH_CHECKPOINTS / self.checkpoint
-        return directory if (directory / WEIGHTS).is_file() else None
+        return directory if (directory / WEIGHTS).is_file() and not self._orbax_is_meant else None
+
+    @functools.cached_property
+    def _orbax_is_meant(self) -> bool:
+        """Of a run that both frameworks trained, the later step is the latest and the lower loss the best."""
+        if not _has_orbax(self.path):
+            return False
+        facts = self.path / TORCH_CHECKPOINTS / self.checkpoint / "training.json"
+        if not facts.is_file():
+            return True
+        from jaxlm.checkpoint import Checkpoints
+
+        ours = Checkpoints(RunDir(self.path).checkpoints)
+        try:
+            theirs = json.loads(facts.read_text(encoding="utf-8"))
+            step, best = int(theirs["step"]), float(theirs["best"])
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise TargetError(f"{facts} cannot be read: {error}") from None
+        if self.checkpoint == "latest":
+            return (ours.latest_step or 0) >= step
+        return ours.best_metric is not None and ours.best_metric <= best
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -56,7 +76,7 @@ class Target:
     @functools.cached_property
     def params(self) -> "Params":
         """jaxlm's parameters, in the dtype they were saved in. Raises InputError where there are none."""
-        if self.run is not None and not (self.torch_weights and not _has_orbax(self.path)):
+        if self.run is not None and self.torch_weights is None:
             return _restore(self.run, RunDir(self.path).checkpoints, self.checkpoint)
         from convert.native import import_torch
 

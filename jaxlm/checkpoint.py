@@ -102,6 +102,11 @@ class Checkpoints:
         """The committed step of the lowest validation loss (the earliest of equals), or None if none has one."""
         return self._best(self.steps)
 
+    @property
+    def best_metric(self) -> float | None:
+        """Metric of the best checkpoint, None where none has one."""
+        return None if self.best_step is None else self._metric(self.best_step)
+
     def save(self, step: int, state: PyTree, extra: dict[str, Any], metric: float | None = None) -> None:
         """Starts saving and returns once the state may be donated.
 

@@ -67,8 +67,12 @@ class JaxEngine:
     def restore(self, which: int | Literal["latest", "best"] = "latest") -> dict[str, Any]:
         """Continues from a checkpoint, onto whatever mesh this run has; returns what was saved beside the state."""
         state, extra = restore_state(self.run, self.checkpoints, which, self.mesh)
-        self.state, self._step = state, int(state.step)
+        self.adopt(state)
         return extra
+
+    def adopt(self, state: TrainState) -> None:
+        """Continues from a state that came from elsewhere; it must lie on this run's mesh already."""
+        self.state, self._step = state, int(state.step)
 
     @property
     def latest_step(self) -> int | None:

@@ -13,6 +13,7 @@ from torchref.layers import Backends
 from torchref.model import Decoder
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+OPTIMIZER, FACTS = "optimizer.safetensors", "training.json"
 
 
 class CheckpointError(InputError):
@@ -71,19 +72,18 @@ def save_training(state: Any, directory: Path, extra: dict[str, Any]) -> None:
         for name in ("exp_avg", "exp_avg_sq"):
             if p in state.optimizer.state:
                 tensors[f"{name}:{path}"] = state.optimizer.state[p][name].contiguous()
-    _write(tensors, directory / "optimizer.safetensors")
-    (directory / "training.json").write_text(
-        json.dumps({"step": state.step} | extra) + "\n", encoding="utf-8"
-    )
+    _write(tensors, directory / OPTIMIZER)
+    (directory / FACTS).write_text(json.dumps({"step": state.step} | extra) + "\n", encoding="utf-8")
 
 
 def load_training(state: Any, directory: Path) -> tuple[Any, dict[str, Any]]:
     """Continues a fresh state from `save_training`'s files; returns it with the JSON facts."""
     directory = Path(directory)
-    extra = json.loads((directory / "training.json").read_text(encoding="utf-8"))
+    extra = _facts(directory)
     device = str(next(state.model.parameters()).device)
     weights = read_tensors(directory / WEIGHTS, device)
-    moments = read_tensors(directory / "optimizer.safetensors", device)
+    moments = read_tensors(directory / OPTIMIZER, device)
+    _require_moments(state, moments, extra["step"], directory / OPTIMIZER)
     with torch.no_grad():
         for path, p in state.model.named_parameters():
             p.copy_(weights[path])
@@ -94,6 +94,35 @@ def load_training(state: Any, directory: Path) -> tuple[Any, dict[str, Any]]:
                 entry = {name: moments[f"{name}:{path}"] for name in ("exp_avg", "exp_avg_sq")}
                 state.optimizer.state[p] = {"step": step} | entry
     return state._replace(step=extra["step"]), extra
+
+
+def latest_step(directory: Path) -> int | None:
+    """Step of the newest checkpoint of a run (`latest/`), None without one. Raises CheckpointError on a damaged one."""
+    latest = Path(directory) / "latest"
+    return int(_facts(latest)["step"]) if (latest / FACTS).is_file() else None
+
+
+def _require_moments(state: Any, moments: dict[str, torch.Tensor], step: int, path: Path) -> None:
+    if step == 0 and not moments:
+        return
+    shapes = {name: tuple(p.shape) for name, p in state.model.named_parameters()}
+    wanted = {f"{slot}:{name}": shape for name, shape in shapes.items() for slot in ("exp_avg", "exp_avg_sq")}
+    found = {name: tuple(moment.shape) for name, moment in moments.items()}
+    wrong = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
+    if wrong:
+        raise CheckpointError(
+            f"{path}: {len(wrong)} of {len(wanted)} moments do not fit the model, first {wrong[0]}: "
+            f"got {found.get(wrong[0])}, expected {wanted.get(wrong[0])}"
+        )
+
+
+def _facts(directory: Path) -> dict[str, Any]:
+    path = directory / FACTS
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        return facts | {"step": int(facts["step"])}
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
 
 
 def _write(tensors: dict[str, torch.Tensor], path: Path) -> None:

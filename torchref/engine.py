@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from jaxlm.config import RunConfig
-from torchref.checkpoint import CheckpointError, load_training, save_training
+from torchref.checkpoint import CheckpointError, latest_step, load_training, save_training
 from torchref.layers import Backends
 from torchref.optim import scalars
 from torchref.train import TrainState, init_state, make_eval_step, make_train_step, place_batch
@@ -37,10 +37,14 @@ class TorchEngine:
         )
         return extra
 
+    def adopt(self, state: TrainState) -> None:
+        """Continues from a state that came from elsewhere; it must lie on this run's device already."""
+        self.state = state
+
     @property
     def latest_step(self) -> int | None:
         """Step of the newest checkpoint, None without one."""
-        return 0 if (self.directory / "latest" / "training.json").is_file() else None
+        return latest_step(self.directory)
 
     @property
     def step(self) -> int:

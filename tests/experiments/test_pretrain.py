@@ -180,14 +180,6 @@ def test_a_directory_with_another_run_is_refused_untouched(call, started) -> Non
     assert _contents(directory) == before
 
 
-@needs_torch
-def test_a_run_goes_on_in_its_own_framework_only(call, started) -> None:
-    """A JAX run is not silently restarted in torch."""
-    directory, words = started
-    done = call(pretrain.main, *words, "--train.steps", 4, "--resume", "--framework", "torch")
-    assert done.code == 2 and "--framework jax" in done.err
-
-
 def test_a_damaged_shard_is_named(call, started) -> None:
     """One flipped bit in the tokens is found before training goes on."""
     directory, words = started

@@ -1,7 +1,11 @@
-"""torchref against transformers' Llama, Mistral and Mixtral, all in float64; names are mapped here by hand."""
+"""torchref against transformers, all in float64; names are mapped here by hand.
+
+Families: Llama, Mistral, Mixtral, Qwen2, Qwen3 and the mixtures Qwen2-MoE and Qwen3-MoE.
+"""
 
 import importlib
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -46,6 +50,23 @@ OURS = ModelConfig(
     rope_theta=THETA,
     norm_eps=EPS,
 )
+FAMILIES = {  # transformers' module -> its class prefix
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "mixtral": "Mixtral",
+    "qwen2": "Qwen2",
+    "qwen2_moe": "Qwen2Moe",
+    "qwen3": "Qwen3",
+    "qwen3_moe": "Qwen3Moe",
+}
+MIXTURE = {
+    "num_experts_per_tok": 2,
+    "output_router_logits": True,
+    "router_aux_loss_coef": COEF,
+    "experts_implementation": "eager",
+}
+QWEN_MIXTURE = MIXTURE | {"num_experts": E, "moe_intermediate_size": 56}
+EXPERTS = MoEConfig(n_experts=E, n_active=2, d_ff=56, balance="mixtral", balance_coef=COEF)
 SCALINGS = {
     "none": ({"rope_type": "default"}, RopeScaling()),
     "linear": ({"rope_type": "linear", "factor": 2.5}, RopeScaling("linear", 2.5)),
@@ -94,6 +115,8 @@ def our_name(name: str) -> str:
         ("mlp.experts.gate_up_proj", "moe.experts.gate_up"),
         ("mlp.experts.down_proj", "moe.experts.down"),
         ("mlp.gate.weight", "moe.router.weight"),
+        ("mlp.shared_expert_gate.", "moe.shared_gate."),
+        ("mlp.shared_expert.", "moe.shared."),
     )
     for theirs, ours in table:
         name = name.replace(theirs, ours)
@@ -133,7 +156,7 @@ def ask(family: str, std: float | None, padded: bool, rope: dict[str, Any], **ch
     modelling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     rope_utils = importlib.import_module("transformers.modeling_rope_utils")
     loss_utils = importlib.import_module("transformers.loss.loss_utils")
-    title = family.capitalize()
+    title = FAMILIES[family]
     ids, mask, labels = batch(padded)
     with double_precision(modelling, rope_utils, loss_utils):
         config = getattr(transformers, f"{title}Config")(
@@ -182,13 +205,15 @@ def constant_scores(config: ModelConfig, name: str) -> bool:
     return config.windows == (1,) and name.endswith(("q_proj.weight", "k_proj.weight"))
 
 
-def changed(**changes: Any) -> ModelConfig:
-    return ModelConfig(**({f: getattr(OURS, f) for f in OURS.__dataclass_fields__} | changes))
-
-
 @pytest.fixture(params=[0.02, None], ids=["std", "fan_in"])
 def std(request: pytest.FixtureRequest) -> float | None:
     """Both initialisations: small weights hide errors of softmax and RoPE, large ones those of the norms' eps."""
+    return request.param
+
+
+@pytest.fixture(params=[False, True], ids=["full", "padded"])
+def padded(request: pytest.FixtureRequest) -> bool:
+    """Whole rows, and rows padded on the left and on the right."""
     return request.param
 
 
@@ -196,7 +221,7 @@ def std(request: pytest.FixtureRequest) -> float | None:
 def test_llama_equals_transformers_under_every_rope_scaling(scaling: str, std: float | None) -> None:
     """Grouped-query attention, SwiGLU, RMSNorm and each RoPE formula."""
     rope, ours = SCALINGS[scaling]
-    check(changed(rope_scaling=ours), ask("llama", std, False, rope), False)
+    check(replace(OURS, rope_scaling=ours), ask("llama", std, False, rope), False)
 
 
 def test_llama_equals_transformers_on_padded_rows(std: float | None) -> None:
@@ -209,33 +234,67 @@ def test_biased_and_tied_llama_equals_transformers(std: float | None) -> None:
     oracle = ask(
         "llama", std, True, SCALINGS["none"][0], attention_bias=True, mlp_bias=True, tie_word_embeddings=True
     )
-    check(changed(qkv_bias=True, attn_out_bias=True, mlp_bias=True, tied=True), oracle, True)
+    check(replace(OURS, qkv_bias=True, attn_out_bias=True, mlp_bias=True, tied=True), oracle, True)
 
 
 @pytest.mark.parametrize("window", [1, 2, 16, T - 1, T, T + 1])
 def test_mistral_equals_transformers_for_every_window(window: int, std: float | None) -> None:
     """A window of W positions includes the query's own."""
     oracle = ask("mistral", std, False, SCALINGS["none"][0], sliding_window=window)
-    check(changed(windows=(window,)), oracle, False)
+    check(replace(OURS, windows=(window,)), oracle, False)
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 def test_mixtral_equals_transformers_with_its_balance_loss(padded: bool, std: float | None) -> None:
     """Routing, experts, and the balance loss with its gradient; padding takes no part in it."""
-    oracle = ask(
-        "mixtral",
-        std,
-        padded,
-        SCALINGS["none"][0],
-        num_local_experts=E,
-        num_experts_per_tok=2,
-        intermediate_size=56,
-        output_router_logits=True,
-        router_aux_loss_coef=COEF,
-        experts_implementation="eager",
-    )
-    moe = MoEConfig(n_experts=E, n_active=2, d_ff=56, balance="mixtral", balance_coef=COEF)
-    check(changed(moe=moe), oracle, padded)
+    sizes = MIXTURE | {"num_local_experts": E, "intermediate_size": 56}
+    oracle = ask("mixtral", std, padded, SCALINGS["none"][0], **sizes)
+    check(replace(OURS, moe=EXPERTS), oracle, padded)
+
+
+def test_qwen2_equals_transformers(padded: bool, std: float | None) -> None:
+    """Biases on q, k and v, none on the attention output."""
+    check(replace(OURS, qkv_bias=True), ask("qwen2", std, padded, SCALINGS["none"][0]), padded)
+
+
+def test_qwen3_equals_transformers(padded: bool, std: float | None) -> None:
+    """RMSNorm over each head of q and k, before RoPE."""
+    check(replace(OURS, qk_norm=True), ask("qwen3", std, padded, SCALINGS["none"][0]), padded)
+
+
+@pytest.mark.parametrize("renormalize", [True, False], ids=["renormalized", "raw"])
+def test_qwen3_moe_equals_transformers_with_either_router(
+    renormalize: bool, padded: bool, std: float | None
+) -> None:
+    """Chosen probabilities made to sum to one, or left as they are; normed q and k; the balance loss."""
+    sizes = QWEN_MIXTURE | {"norm_topk_prob": renormalize}
+    oracle = ask("qwen3_moe", std, padded, SCALINGS["none"][0], **sizes)
+    check(replace(OURS, qk_norm=True, moe=replace(EXPERTS, renormalize=renormalize)), oracle, padded)
+
+
+@pytest.mark.parametrize(
+    ("layers", "pattern"),
+    [
+        ({"num_hidden_layers": 4, "decoder_sparse_step": 2}, (False, True)),
+        ({"num_hidden_layers": 3, "mlp_only_layers": [1]}, (True, False, True)),
+    ],
+    ids=["every_second", "listed"],
+)
+def test_qwen3_moe_equals_transformers_with_dense_layers(
+    layers: dict[str, Any], pattern: tuple[bool, ...], padded: bool, std: float | None
+) -> None:
+    """Dense layers between mixtures have a width of their own and take no part in the balance loss."""
+    sizes = QWEN_MIXTURE | {"norm_topk_prob": True} | layers
+    oracle = ask("qwen3_moe", std, padded, SCALINGS["none"][0], **sizes)
+    moe = replace(EXPERTS, pattern=pattern)
+    check(replace(OURS, n_layers=layers["num_hidden_layers"], qk_norm=True, moe=moe), oracle, padded)
+
+
+def test_qwen2_moe_equals_transformers_with_its_gated_shared_expert(padded: bool, std: float | None) -> None:
+    """A shared expert of its own width behind a sigmoid gate; raw router probabilities; biases on q, k and v."""
+    sizes = QWEN_MIXTURE | {"shared_expert_intermediate_size": 40, "norm_topk_prob": False}
+    oracle = ask("qwen2_moe", std, padded, SCALINGS["none"][0], **sizes)
+    moe = replace(EXPERTS, renormalize=False, shared_d_ff=40, shared_gate=True)
+    check(replace(OURS, qkv_bias=True, moe=moe), oracle, padded)
 
 
 def test_the_oracle_is_float64_only_when_patched() -> None:

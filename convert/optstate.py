@@ -5,7 +5,7 @@ step count for everything, torch one per parameter: they must agree, or the stat
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,9 +50,8 @@ def torch_moments(state: twin_train.TrainState) -> AdamMoments:
         path: state.optimizer.state.get(p, {}) for path, p in named.items()
     }
     if state.step == 0 and not any(entries.values()):
-        return AdamMoments(
-            *({path: np.zeros_like(to_numpy(p)) for path, p in named.items()} for _ in "mv"), 0
-        )
+        m, v = ({path: np.zeros_like(to_numpy(p)) for path, p in named.items()} for _ in "mv")
+        return AdamMoments(m, v, 0)
     problems = []
     for path, entry in entries.items():
         problems += [f"{path}: no {slot}" for slot in ("step", "exp_avg", "exp_avg_sq") if slot not in entry]
@@ -127,9 +126,8 @@ def train_state_to_jax(
     )
     links = jax.eval_shape(optim.make_optimizer(run.optim).init, weights)
     opt_state = tuple(optim.AdamState(m, v) if isinstance(s, optim.AdamState) else s for s in links)
-    host = train.TrainState(
-        np.asarray(moments.step, np.int32), weights, opt_state, np.asarray(state.seed, np.uint32)
-    )
+    parts: Any = (np.asarray(moments.step, np.int32), weights, opt_state, np.asarray(state.seed, np.uint32))
+    host = train.TrainState(*parts)
     if mesh is None:
         return jax.tree.map(jnp.asarray, host)
     return jax.device_put(host, train.state_shardings(run, mesh, abstract_model(run.model)))

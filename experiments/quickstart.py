@@ -33,6 +33,8 @@ def main(argv: list[str]) -> int:
             "quickstart compares both frameworks and trains in JAX; use experiments.pretrain for torch"
         )
     need("torch")
+    from convert.parity.report import write_report
+
     check_devices(options.run, options.framework)
     open_corpus(options.run.data.path, options.run.data.column)  # bad input must not move anything
     path = Path(options.run_dir or f"runs/{options.preset}")
@@ -43,14 +45,12 @@ def main(argv: list[str]) -> int:
         return 0
     beaten = compare_with_baselines(trained)
     print_samples(trained)
-    agreement = export_and_prove(trained.run.model, trained.engine.params, path / "torchref")
+    parity = export_and_prove(trained.run.model, trained.engine.params, path / "torchref")
     shutil.copyfile(trained.directory.tokenizer, path / "torchref" / "tokenizer.json")
-    report = trained.directory.report
-    report.parent.mkdir(exist_ok=True)
-    report.write_text(json.dumps(agreement.report(str(path)), indent=2) + "\n", encoding="utf-8")
-    print("\n" + "\n".join(agreement.lines()))
+    write_report(parity, trained.directory.report.parent)
+    print("\n" + "\n".join(parity.lines()))
     print(f"\neverything is in {path}: metrics.jsonl, plots/, checkpoints/, samples.txt, torchref/, parity/")
-    return 0 if beaten and agreement.passed else 1
+    return 0 if beaten and parity.passed else 1
 
 
 def compare_with_baselines(trained: Trained) -> bool:

@@ -7,6 +7,7 @@ agree with torch to rounding. The clip is torch's formula: g * min(1, c / (norm 
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -93,10 +94,12 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def scale_by_exact_adamw(config: OptimConfig) -> optax.GradientTransformationExtraArgs:
+def scale_by_exact_adamw(
+    config: OptimConfig, policy: Callable[[OptimConfig, str], bool] | None = None
+) -> optax.GradientTransformationExtraArgs:
     """AdamW's update -(step_size * m / (sqrt(v)/bias2_root + eps) + decay * p).
 
-    Source: arXiv:1711.05101, algorithm 2.
+    policy: which paths decay; None is `decays`, the decoder's. Source: arXiv:1711.05101, algorithm 2.
     """
 
     def init(params: Any) -> AdamState:
@@ -110,7 +113,7 @@ def scale_by_exact_adamw(config: OptimConfig) -> optax.GradientTransformationExt
         def leaf(path: str, p: Array, m: Array, v: Array) -> Array:
             lr, step_size, root, decay = (jnp.asarray(s, p.dtype) for s in scalars)
             delta = -step_size * (m / (jnp.sqrt(v) / root + config.eps))
-            return delta - decay * p if decays(config, path) else delta
+            return delta - decay * p if (policy or decays)(config, path) else delta
 
         return {path: leaf(path, params[path], m[path], v[path]) for path in params}, AdamState(m, v)
 

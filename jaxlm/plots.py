@@ -1,4 +1,7 @@
-"""The only importer of matplotlib. Reads metrics.jsonl and baselines.json, draws, computes nothing but axes."""
+"""Figures of a run, and the style of all figures; only this file and plots_parity.py import matplotlib.
+
+Reads metrics.jsonl and baselines.json, draws, computes nothing but axes.
+"""
 
 import json
 import math
@@ -57,6 +60,7 @@ STEP_TICKS = [1, 2, 2.5, 5, 10]  # leading digits of round steps
 DENSE = 200  # points from which a curve is drawn thin
 
 Row = dict[str, Any]
+Painter = Callable[["Figure"], None]  # draws into an empty figure of SIZE, which it may resize
 
 
 class PlotError(InputError):
@@ -69,15 +73,11 @@ def plot_run(run_dir: Path) -> list[Path]:
     What the metrics do not hold is left out; returns the files that were written. Raises PlotError without
     matplotlib and jaxlm.metrics.MetricsError without metrics.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise PlotError("plots need matplotlib; install it with pip install 'jaxlm[plots]'") from None
+    needs_matplotlib()
     run_dir = Path(run_dir)
     rows = read_metrics(run_dir / "metrics.jsonl")
     baselines = _baselines(run_dir / "baselines.json")
-    painters: dict[str, Callable[[Figure], None]] = {}
+    painters: dict[str, Painter] = {}
     if _has(rows, "loss") or _has(rows, "val_loss"):
         painters["loss"] = partial(_loss, rows=rows, baselines=baselines)
         painters["perplexity"] = partial(_perplexity, rows=rows, baselines=baselines)
@@ -90,13 +90,27 @@ def plot_run(run_dir: Path) -> list[Path]:
             painters[name] = partial(_single, rows=rows, key=key, title=title, unit=unit)
     if _has(rows, "expert_load"):
         painters["expert_load"] = partial(_expert_load, rows=rows)
-    folder = run_dir / "plots"
+    return draw_all(painters, run_dir / "plots")
+
+
+def needs_matplotlib() -> None:
+    """Raises PlotError, which names the extra to install, where matplotlib is missing."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        raise PlotError("plots need matplotlib; install it with pip install 'jaxlm[plots]'") from None
+
+
+def draw_all(painters: dict[str, Painter], folder: Path) -> list[Path]:
+    """Draws <name>.png of each painter into a folder in the house style; returns the files."""
+    import matplotlib
+
     folder.mkdir(exist_ok=True)
     with matplotlib.rc_context(STYLE):
         return [_draw(paint, folder / f"{name}.png") for name, paint in painters.items()]
 
 
-def _draw(paint: Callable[["Figure"], None], path: Path) -> Path:
+def _draw(paint: Painter, path: Path) -> Path:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")

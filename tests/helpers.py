@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from convert.parity import inputs
 from jaxlm.config import ModelConfig, MoEConfig, OptimConfig, RunConfig, TrainConfig
 from jaxlm.model import abstract_model
 
@@ -61,56 +62,16 @@ def tiny_run(
 
 
 def hard_batch(rows: int = 4, length: int = T, vocab: int = V, seed: int = 0) -> Arrays:
-    """Unequal rows: one full, one padded on the left, one packed from three documents, one padded on the right.
-
-    Padding has segment 0; positions restart with every document; the loss mask is ragged and 0 on padding. Row r of
-    a larger batch is of kind r mod 4, with other lengths.
-    """
-    rng = np.random.default_rng(seed)
-    ids = rng.integers(0, vocab, (rows, length + 1)).astype(np.int32)
-    segments = np.ones((rows, length), np.int32)
-    for r in range(rows):
-        cut = 3 + (5 * (r // 4) + r) % (length // 2)
-        if r % 4 == 1:
-            segments[r, :cut] = 0
-        elif r % 4 == 2:
-            segments[r, cut:] = 2
-            segments[r, cut + 4 :] = 3
-        elif r % 4 == 3:
-            segments[r, length - cut :] = 0
-    starts = np.concatenate([np.ones((rows, 1), bool), segments[:, 1:] != segments[:, :-1]], axis=1)
-    index = np.arange(length)
-    positions = (index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)).astype(np.int32)
-    mask = ((rng.random((rows, length)) < 0.7) & (segments > 0)).astype(np.float32)
-    return {
-        "inputs": ids[:, :-1],
-        "targets": ids[:, 1:],
-        "loss_mask": mask,
-        "segments": segments,
-        "positions": positions,
-    }
+    """Unequal rows, full, padded on the left, packed, padded on the right, as the parity suite compares on."""
+    return inputs.hard_batch(rows, length, vocab, seed)
 
 
 def random_params(
     config: ModelConfig, seed: int = 0, init: str | None = None, dtype: Any = np.float64
 ) -> Arrays:
     """Parameters of jaxlm drawn by numpy, as wide as `init` says; what starts as zero or one is random too."""
-    rng, init = np.random.default_rng(seed), config.init if init is None else init
-    params = {}
-    for path, shape in sorted(abstract_model(config).shapes.items()):
-        noise = rng.standard_normal(shape.shape)
-        if path.endswith("norm.weight"):
-            value = 1 + 0.1 * noise
-        elif "bias" in path:
-            value = 0.1 * noise
-        elif init == "normal":
-            value = config.init_std * noise
-        elif path.startswith("embed") and not config.tied:
-            value = noise
-        else:
-            value = noise / math.sqrt(shape.shape[-1] if "embed" in path else shape.shape[-2])
-        params[path] = value.astype(dtype)
-    return params
+    shapes = {path: tuple(shape.shape) for path, shape in abstract_model(config).shapes.items()}
+    return inputs.random_params(config, shapes, seed, init, dtype)
 
 
 def norm(x: Any) -> float:

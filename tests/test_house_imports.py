@@ -60,13 +60,14 @@ ORDER = [
     {"attention", "moe"},
     {"model"},
     {"loss", "generate", "quant", "finetune.lora"},
-    {"optim", "checkpoint", "metrics", "plots", "model_dir", "run_dir"},
+    {"optim", "checkpoint", "metrics", "plots", "plots_parity", "model_dir", "run_dir"},
     {"train"},
     {"engine", "loop", "plan", "finetune.sft", "finetune.dpo"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 # Slow to import or missing on some machines: only inside the functions that use them.
 LAZY = {"grain", "tyro", "beartype"}
+DRAWING = {"jaxlm.plots", "jaxlm.plots_parity"}
 
 
 class Import(NamedTuple):
@@ -120,8 +121,8 @@ def violations(module: str, source: str, is_package: bool = False) -> list[str]:
             broken.append(where + f"{package} never imports {root}")
         if root in LAZY and not inside and package != "experiments":
             broken.append(where + f"{root} is imported inside the functions that use it")
-        if root == "matplotlib" and module != "jaxlm.plots":
-            broken.append(where + "only jaxlm.plots draws")
+        if root == "matplotlib" and module not in DRAWING:
+            broken.append(where + "only jaxlm.plots and jaxlm.plots_parity draw")
         if package == "torchref" and root not in TORCHREF_MAY_IMPORT:
             broken.append(where + "torchref imports torch, numpy and safetensors only")
         if package == "torchref" and root == "jaxlm" and room(target) not in SHARED_WITH_TORCHREF:
@@ -261,6 +262,7 @@ def test_planted_import_is_caught(module: str, source: str, reason: str) -> None
         pytest.param("jaxlm.train", "import optax\nfrom jaxlm.loss import total_loss", id="downwards"),
         pytest.param("jaxlm.data.loader", "def f():\n    import grain", id="lazy-grain"),
         pytest.param("jaxlm.plots", "import matplotlib", id="plots"),
+        pytest.param("jaxlm.plots_parity", "import matplotlib", id="plots-of-parity"),
         pytest.param(
             "torchref.model", "import math\nimport torch\nfrom jaxlm.config import ModelConfig", id="torchref"
         ),

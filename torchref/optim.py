@@ -5,7 +5,7 @@ The update is torch.optim.AdamW's own; learning rate and weight decay reach it t
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -78,11 +78,19 @@ class AdamState(NamedTuple):
     v: dict[str, Tensor]
 
 
-def make_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.AdamW:
-    """AdamW with one group that decays and one that does not; fused where the parameters are on CUDA."""
-    named = dict(model.named_parameters())
+def make_optimizer(
+    config: OptimConfig, model: nn.Module, policy: Callable[[OptimConfig, str], bool] | None = None
+) -> torch.optim.AdamW:
+    """AdamW with one group that decays and one that does not; fused where the parameters are on CUDA.
+
+    policy: which paths decay; None is `decays`, the decoder's.
+    """
+    named, decayed = dict(model.named_parameters()), policy or decays
     groups = [
-        {"params": [p for path, p in named.items() if decays(config, path) == wanted], "weight_decay": amount}
+        {
+            "params": [p for path, p in named.items() if decayed(config, path) == wanted],
+            "weight_decay": amount,
+        }
         for wanted, amount in ((True, config.weight_decay), (False, 0.0))
     ]
     fused = next(model.parameters()).is_cuda

@@ -12,6 +12,7 @@ import pytest
 
 from jaxlm.metrics import JsonlSink, MetricsError
 from jaxlm.plots import BACKGROUND, BASELINES, TRAIN, VALIDATION, PlotError, plot_run
+from jaxlm.plots_parity import FAIL, JAX, TORCH, Span, plot_parity
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = ["loss", "perplexity", "learning_rate", "throughput", "tokens_seen", "expert_load"]
@@ -103,3 +104,70 @@ def test_missing_matplotlib_names_the_extra(tmp_path: Path) -> None:
     )
     assert done.stdout == "plots need matplotlib; install it with pip install 'jaxlm[plots]'\n"
     assert not (path / "plots").exists()
+
+
+def a_rung(name: str, values: dict[str, Any], case: str = "", limit: float = 1e-12) -> dict[str, Any]:
+    """A rung as report.json has it."""
+    found = [{"name": n, "value": v, "limit": limit, "passed": float(v) <= limit} for n, v in values.items()]
+    worst = max(found, key=lambda finding: float(finding["value"]))
+    passed = all(finding["passed"] for finding in found)
+    return {
+        "name": name,
+        "case": case,
+        "passed": passed,
+        "value": worst["value"],
+        "limit": limit,
+        "findings": found,
+    }
+
+
+def a_parity_report(folder: Path, *rungs: dict[str, Any], **more: Any) -> Path:
+    """A directory with a report.json."""
+    folder.mkdir()
+    report = {"dtype": "float64", "rungs": list(rungs), "curves": {}} | more
+    (folder / "report.json").write_text(json.dumps(report))
+    return folder
+
+
+def test_parity_figures_show_what_is_over_its_limit(tmp_path: Path) -> None:
+    """Passing rungs leave no mark in the colour of failure; one failing tensor does, in both of its figures."""
+    good = {"embed": 0.0, "blocks.0.attn.q": 1e-15, "logits": 2e-15}
+    for folder, values in (("good", good), ("bad", good | {"logits": "inf"})):
+        rungs = [a_rung("activations", values, case) for case in ("normal", "fan_in")]
+        files = plot_parity(a_parity_report(tmp_path / folder, *rungs))
+        assert [path.name for path in files] == ["activations.png", "rungs.png"]
+        for path in files:
+            assert has_colour(pixels(path), FAIL) == (folder == "bad"), path
+        assert has_colour(pixels(files[1]), JAX) == (folder == "good")
+
+
+def test_parity_figures_are_only_those_that_the_report_holds(tmp_path: Path) -> None:
+    """Both frameworks' losses are drawn, faults too; a report of nothing draws nothing."""
+    curves = {"loss_jax": [4.0, 3.0, "nan"], "loss_torch": [4.0, 3.1, 2.0]}
+    faults = [{"kind": "mesh", "caught": True, "caught_by": "mesh", "located": True}]
+    full = a_parity_report(
+        tmp_path / "full", a_rung("gradients", {"embed": 1.0}), curves=curves, faults=faults
+    )
+    drawn = plot_parity(full)
+    assert [path.stem for path in drawn] == ["gradients", "rungs", "trajectory", "faults"]
+    assert all(has_colour(pixels(drawn[2]), colour) for colour in (JAX, TORCH))
+    assert not has_colour(pixels(drawn[3]), FAIL)
+    faults.append({"kind": "mesh", "caught": False, "caught_by": "", "located": False})
+    (path,) = plot_parity(a_parity_report(tmp_path / "missed", faults=faults))
+    assert has_colour(pixels(path), FAIL)
+    assert plot_parity(a_parity_report(tmp_path / "nothing")) == []
+
+
+def test_zero_and_infinity_have_places_on_log_axes() -> None:
+    """What has no logarithm is drawn at the ends, never left out."""
+    span = Span(1e-17, 10.0, True, True)
+    assert [span.place(x) for x in (0.0, 2e-16, "inf", "nan")] == [1e-17, 2e-16, 10.0, 10.0]
+
+
+def test_missing_parity_report_is_one_line(tmp_path: Path) -> None:
+    """No report.json, and one that is none, are named."""
+    with pytest.raises(PlotError, match=r"report\.json: No such file"):
+        plot_parity(tmp_path)
+    (tmp_path / "report.json").write_text("[1]")
+    with pytest.raises(PlotError, match=r"report\.json is not a parity report"):
+        plot_parity(tmp_path)

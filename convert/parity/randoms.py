@@ -224,11 +224,21 @@ def _scalings() -> Any:
     return st.one_of(
         st.just(RopeScaling()),
         st.builds(lambda f: RopeScaling("linear", f), factor),
-        st.builds(lambda f, n: RopeScaling("llama3", f, n, low_freq_factor=1.0), factor, st.integers(8, 64)),
         st.builds(
-            lambda f, n, a: RopeScaling("yarn", f, n, beta_fast=4.0, beta_slow=0.25, attention_factor=a),
+            lambda f, n, low, high: RopeScaling("llama3", f, n, low_freq_factor=low, high_freq_factor=high),
             factor,
             st.integers(8, 64),
+            st.sampled_from([0.5, 1.0]),
+            st.sampled_from([2.0, 4.0]),
+        ),
+        st.builds(
+            lambda f, n, fast, slow, a: RopeScaling(
+                "yarn", f, n, beta_fast=fast, beta_slow=slow, attention_factor=a
+            ),
+            factor,
+            st.integers(8, 64),
+            st.sampled_from([4.0, 32.0]),
+            st.sampled_from([0.25, 1.0]),
             st.sampled_from([0.0, 1.2]),
         ),
     )

@@ -96,6 +96,9 @@ def run_random(
 
 def _in_process(count: int, seed: int) -> RandomReport:
     os.environ["OMP_NUM_THREADS"] = "1"
+    # A program that runs once or twice on a few numbers: compiling it well costs more than it gives.
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 --xla_cpu_multi_thread_eigen=false"
+    os.environ["XLA_FLAGS"] = flags.strip()
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)

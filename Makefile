@@ -19,13 +19,16 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_AR
 NEEDS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench gpu
+.PHONY: help demo parity test lint bench gpu
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
 
 demo: $(VENV)/.demo ## train a small model, prove it in PyTorch, sample from it: runs/quickstart
 	@$(BIN)/python -m experiments.quickstart
+
+parity: $(VENV)/.demo ## compare the quickstart decoder in JAX and PyTorch, all rungs: runs/parity-quickstart
+	@$(BIN)/python -m experiments.parity quickstart
 
 test: $(VENV)/.dev ## the test suite
 	@$(BIN)/python -m pytest -n $(PYTEST_JOBS) --dist loadfile --timeout 300 $(PYTEST_ARGS)

@@ -52,10 +52,10 @@ def fail(message: str) -> None:
     sys.exit(2)
 
 
-def need(module: str) -> None:
-    """Ends with one line, exit code 2, where an optional library is missing."""
+def need(module: str, extra: str = "") -> None:
+    """Ends with one line, exit code 2, where an optional library is missing; extra: the one that brings it."""
     if importlib.util.find_spec(module) is None:
-        fail(f"this needs {module}, which is not installed: pip install 'jaxlm[{module}]'")
+        fail(f"this needs {module}, which is not installed: pip install 'jaxlm[{extra or module}]'")
 
 
 @dataclass(frozen=True)

@@ -216,7 +216,7 @@ def told(name: str, done: int, total: int) -> None:
 
 def roam(options: ParityOptions) -> int:
     """Random configurations."""
-    need("hypothesis")
+    need("hypothesis", extra="test")
     from convert.parity.randoms import run_random
     from convert.parity.report import write_report
 

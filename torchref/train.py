@@ -172,7 +172,11 @@ def make_train_step(
             group["lr"] = float(scalars.lr)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
-        metrics |= {"grad_norm": norm, "clip_scale": scale, "lr": torch.tensor(float(scalars.lr), dtype=torch.float64)}
+        metrics |= {
+            "grad_norm": norm,
+            "clip_scale": scale,
+            "lr": torch.tensor(float(scalars.lr), dtype=torch.float64),
+        }
         return state._replace(step=state.step + 1), metrics
 
     return step

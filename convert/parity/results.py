@@ -201,7 +201,8 @@ class Report:
             )
         if (first := self.divergence) is not None:
             rows.append(f"first divergence: {first.line()}")
-            rows += [f"  {key}: {value}" for key, value in first.detail.items()]
+            told = ("looks_like", "error")  # the first of the causes
+            rows += [f"  {key}: {value}" for key, value in first.detail.items() if key not in told]
             rows += [f"  likely: {cause}" for cause in first.causes]
             rows += [f"  {way}: {d.line()}" for way, d in self.divergences().items() if d != first]
         return rows

@@ -16,7 +16,14 @@ from typing import Any, Literal
 from convert.parity import lowprec, rungs, serving, steps
 from convert.parity.ask import Guard, ask
 from convert.parity.compare import Finding
-from convert.parity.inputs import blind_spots, hard_batch, hard_length, random_params, without_dropout
+from convert.parity.inputs import (
+    POSITIONS,
+    blind_spots,
+    hard_batch,
+    hard_length,
+    random_params,
+    without_dropout,
+)
 from convert.parity.precision import ledger, pinned
 from convert.parity.results import ORDER, Report, Rung
 from convert.parity.rungs import Pair
@@ -109,7 +116,7 @@ def hardened(run: RunConfig, options: Options) -> RunConfig:
         moe = dataclasses.replace(model.moe, router_z_coef=model.moe.router_z_coef or 1e-3)
         model = dataclasses.replace(model, moe=moe)
     kept = "float64" if options.dtype == "float64" else "float32"
-    length = options.step_length or options.length or hard_length(model.context)
+    length = options.step_length or batch_length(model, options)
     train = dataclasses.replace(
         run.train, dtype=options.dtype, param_dtype=kept, accumulation=1, batch_size=2, seq_len=length
     )
@@ -121,8 +128,13 @@ def hardened(run: RunConfig, options: Options) -> RunConfig:
     return RunConfig(model=model, optim=optim, train=train)
 
 
+def batch_length(model: ModelConfig, options: Options) -> int:
+    """Positions of a hard batch, never past the context."""
+    return hard_length(model.context, options.length or POSITIONS)
+
+
 def _describe(run: RunConfig, options: Options) -> dict[str, Any]:
-    length = options.length or hard_length(run.model.context)
+    length = batch_length(run.model, options)
     return {
         "batch": f"4 x {length}: full, left-padded, packed from three documents, right-padded; ragged loss mask",
         "trajectory_batch": f"{run.train.batch_size} x {run.train.seq_len}, four batches in turn: rows full, "
@@ -145,9 +157,7 @@ def _climb(
     """The rungs one after the other; each case of weights has its own forward and backward pass."""
     pairs = []
     programs = Programs()
-    batch = hard_batch(
-        4, options.length or hard_length(run.model.context), run.model.vocab_size, seed=options.seed
-    )
+    batch = hard_batch(4, batch_length(run.model, options), run.model.vocab_size, seed=options.seed)
     for case, weights in cases(run, params, options.seed, options.inits).items():
         made = Guard("tree", case)
         with made:

@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 
 DEVICES = 8
+LONG = {"test_readme.py", "test_suite.py", "test_pretrain.py"}  # a minute or more each
 # Imports that may be missing -> the distribution's module that decides whether they work.
 OPTIONAL = {
     "torch": "torch",
@@ -68,6 +69,11 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
     if "jaxlm-tests-" in folder and not hasattr(config, "workerinput"):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: processes that take whole files then end at about the same time."""
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:

@@ -94,7 +94,7 @@ def test_every_preset_trains_samples_and_exports_in_both_frameworks(
         done = call(sample.main, directory, *words)
         assert done.code == 0 and done.out.startswith("The cat"), done.err
     done = call(export.main, where["jax"], tmp_path / "exported")
-    assert done.code == 0 and ": agree" in done.err, done.err
+    assert done.code == 0 and "(PyTorch) agree" in done.err, done.err
 
 
 def _bad_inputs(tmp: Path) -> dict[str, tuple[list[str], list[str]]]:

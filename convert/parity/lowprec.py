@@ -31,6 +31,7 @@ from jaxlm.train import KEPT_WIDE
 
 DRAWS = 2  # perturbations that a cap is taken from
 MEMBERS = 4  # of the ensemble whose drift a trajectory is measured by
+BACKWARD = {"loss", "gradients", "gradients_cap"}  # rungs that need a backward pass
 SMALL = 64  # elements under which the error of a tensor is a matter of chance
 MARGIN = 4.0  # rms errors by which a token's best logit must lead for its top-1 to be counted
 
@@ -82,7 +83,8 @@ def climb(pairs: list[Pair], options: Any, report: Report, progress: Callable[[s
         judged = {name: question for name, question in judged.items() if options.wants(name)}
         if judged:
             progress(f"forward and backward passes of the three parties [{pair.case}]")
-            passes = three_passes(pair, options.dtype)
+            backward = bool(BACKWARD & set(judged))
+            passes = three_passes(pair, options.dtype, backward)
             report.inputs |= {f"flips_{pair.case}": flips(pair, passes)}
             for name, question in judged.items():
                 yield ask(name, pair.case, lambda pair, q=question, p=passes: q(pair, p, options.dtype), pair)
@@ -96,8 +98,13 @@ def climb(pairs: list[Pair], options: Any, report: Report, progress: Callable[[s
         yield ask("decoding", last.case, lambda p: serving.decoding(p, limit("float32_decode")), last)
 
 
-def three_passes(pair: Pair, dtype: str) -> Passes:
-    """Runs the oracle, both frameworks and the perturbed oracle."""
+def three_passes(pair: Pair, dtype: str, backward: bool) -> Passes:
+    """Runs the oracle, both frameworks and the perturbed oracle; without loss and gradients where nobody asks."""
+
+    def passed(side: Side) -> tuple[Flat, Flat, dict[str, Any]]:
+        grads, metrics = side.gradients(batch) if backward else ({}, {})
+        return side.activations(batch), grads, metrics
+
     run = oracle_run(pair.run)
     weights = rounded(pair.jax.weights(), dtype)
     oracle = TorchSide.twin(run, weights)
@@ -107,10 +114,8 @@ def three_passes(pair: Pair, dtype: str) -> Passes:
     noise = []
     for seed in range(DRAWS):
         side = TorchSide.twin(run, perturbed(weights, UNITS[dtype], seed))
-        noise.append((side.activations(batch), side.gradients(batch)[0]))
-    exact, ours, theirs = (
-        (side.activations(batch), *side.gradients(batch)) for side in (oracle, pair.jax, pair.torch)
-    )
+        noise.append(passed(side)[:2])
+    exact, ours, theirs = passed(oracle), passed(pair.jax), passed(pair.torch)
     return Passes(batch, exact, ours, theirs, noise)
 
 

@@ -73,12 +73,12 @@ def assert_no_seam(parts: Path, whole: Path, keys: tuple[str, ...] = COMPARED) -
 
 
 def test_a_run_goes_back_and_forth_without_a_seam(call, tmp_path: Path, wide: None) -> None:
-    """JAX, torch, JAX, torch in one directory equal nine steps in JAX: losses, norms, data and best value."""
-    steps, parts, whole = ["--optim.decay-steps", 9, "--train.steps"], tmp_path / "parts", tmp_path / "whole"
-    done = call(*steps, 9, "--run-dir", whole)
+    """JAX, torch, JAX in one directory equal six steps in JAX: losses, norms, data and best value."""
+    steps, parts, whole = ["--optim.decay-steps", 6, "--train.steps"], tmp_path / "parts", tmp_path / "whole"
+    done = call(*steps, 6, "--run-dir", whole)
     assert done.code == 0, done.err
     before = None
-    for last, framework in ((1, "jax"), (3, "torch"), (6, "jax"), (9, "torch")):
+    for last, framework in ((1, "jax"), (3, "torch"), (6, "jax")):
         words = [*steps, last, "--run-dir", parts, "--resume", "--framework", framework]
         done = call(*words)
         assert done.code == 0, done.err
@@ -88,12 +88,12 @@ def test_a_run_goes_back_and_forth_without_a_seam(call, tmp_path: Path, wide: No
         before = last
         assert (open_target(parts).torch_weights is None) == (framework == "jax"), "not the newest weights"
     assert_no_seam(parts, whole)
-    ended, wanted = facts(parts, "torch"), facts(whole, "jax")
+    ended, wanted = facts(parts, "jax"), facts(whole, "jax")
     assert ended["loader"] == wanted["loader"]
     assert relative_error(ended["best"], wanted["best"]) <= tolerance("f64")
     done = call(*words)
     assert done.code == 0 and "continuing from" not in done.err, "the older checkpoint of the other was taken"
-    assert "resumed at step 9" in done.err
+    assert "resumed at step 6" in done.err
 
 
 @pytest.mark.slow

@@ -44,7 +44,7 @@ def compared(change: Any = None, model: Any = MODEL, **options: Any) -> Report:
 @pytest.fixture(scope="module")
 def whole() -> Report:
     """Every rung, both initialisations."""
-    return compare_decoders(RUN, options=Options(steps=7, length=19))
+    return compare_decoders(RUN, options=Options(steps=6, length=19))
 
 
 def test_twins_agree_on_every_rung(whole: Report) -> None:

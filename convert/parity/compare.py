@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from convert.parity.explain import explain
-from convert.tree import Flat
 
 
 @dataclass(frozen=True)
@@ -113,17 +112,6 @@ def gradient_floors(b: Mapping[str, Any]) -> tuple[dict[str, float], float]:
     return {name: 1e-6 * whole * math.sqrt(np.size(g) / n_all) for name, g in b.items()}, whole
 
 
-def gradient_errors(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, float]:
-    """Relative error of each gradient with the floor of `compare_gradients`.
-
-    Raises KeyError when the two do not hold the same tensors.
-    """
-    if a.keys() != b.keys():
-        raise KeyError(f"gradients of different models: only one side has {sorted(a.keys() ^ b.keys())}")
-    floors, _ = gradient_floors(b)
-    return {name: relative_error(a[name], b[name], floors[name]) for name in b}
-
-
 def describe(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
     """What a person wants to see of two arrays that differ: sizes, the worst element, and a guess at the cause."""
     found: dict[str, Any] = {"jax_shape": list(a.shape), "torch_shape": list(b.shape)}
@@ -155,13 +143,6 @@ def kl_divergence(reference: Any, other: Any) -> np.ndarray:
 def _log_softmax(x: np.ndarray) -> np.ndarray:
     x = x - x.max(axis=-1, keepdims=True)
     return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
-
-
-def whole_error(a: Flat, b: Flat) -> float:
-    """Relative error of all tensors together."""
-    return math.sqrt(
-        sum(norm(np.asarray(a[k], np.float64) - np.asarray(b[k], np.float64)) ** 2 for k in b)
-    ) / max(math.sqrt(sum(norm(x) ** 2 for x in b.values())), 1e-300)
 
 
 def _names(a: Mapping[str, Any], b: Mapping[str, Any], order: Iterable[str] | None) -> list[str]:

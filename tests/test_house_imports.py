@@ -60,7 +60,7 @@ ORDER = [
     {"attention", "moe"},
     {"model"},
     {"loss", "generate", "quant", "finetune.lora"},
-    {"optim", "checkpoint", "metrics", "plots", "plots_parity", "model_dir", "run_dir"},
+    {"optim", "checkpoint", "metrics", "plots", "plots_parity", "tensor_file", "model_dir", "run_dir"},
     {"train"},
     {"engine", "loop", "plan", "finetune.sft", "finetune.dpo"},
 ]

@@ -1,0 +1,306 @@
+"""safetensors files, tensor by tensor: read through memory maps, written in pieces while they are hashed.
+
+Format: eight bytes of header length, a JSON header, then the tensors without gaps. The reader checks more than the
+format's own library does: keys that stand twice, sizes that do not add up, dtypes that nothing here can hold. All that
+is wrong with a file is reported at once.
+"""
+
+import hashlib
+import json
+import math
+import mmap
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxlm.config import InputError
+
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_LONGEST_HEADER = 100_000_000  # bytes, the limit of the format's own library
+_PIECE = 16 << 20  # bytes handled at once
+
+
+class TensorFileError(InputError):
+    """A file that cannot be read as tensors; one line per fault, each with the file's and the tensor's name."""
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """A tensor that is still where it was stored: its facts, and a way to its values."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]  # a fresh view; the memory behind it goes when the array goes
+    origin: str = "memory"  # file, for messages
+
+    @classmethod
+    def of(cls, array: np.ndarray, origin: str = "memory") -> "Lazy":
+        """An array that is in memory already."""
+        return cls(tuple(array.shape), array.dtype, lambda: array, origin)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor to be written: its facts, and its values in C order, piece by piece along the first axis."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    pieces: Callable[[], Iterable[np.ndarray]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @classmethod
+    def of(cls, tensor: Lazy) -> "Planned":
+        """A tensor written as it is stored."""
+        return cls(tensor.shape, tensor.dtype, lambda: blocks(tensor.read()))
+
+
+def rows_at_once(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    """How many slices along the first axis make one piece."""
+    return max(1, _PIECE // max(1, math.prod(shape[1:]) * dtype.itemsize))
+
+
+def blocks(array: np.ndarray) -> Iterator[np.ndarray]:
+    """An array in C order, piece by piece."""
+    if array.ndim == 0:
+        yield array
+        return
+    step = rows_at_once(array.shape, array.dtype)
+    for start in range(0, len(array), step):
+        yield np.ascontiguousarray(array[start : start + step])
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says of itself."""
+
+    tensors: dict[str, tuple[np.dtype, tuple[int, ...], int]]  # name -> dtype, shape, offset in the file
+    metadata: dict[str, str]
+    sha256: str  # of the header's bytes, its length included
+
+
+def read_header(path: Path) -> Header:
+    """The header of a file, checked against its size.
+
+    Raises:
+        TensorFileError: the file is missing, truncated, malformed, has a key twice or a dtype that numpy cannot hold.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            head = file.read(8)
+            length = int.from_bytes(head, "little") if len(head) == 8 else -1
+            if length < 0 or length > min(_LONGEST_HEADER, size - 8):
+                raise TensorFileError(
+                    f"{path}: not a safetensors file: a header of {max(length, 0)} bytes in a file of {size}"
+                )
+            raw = file.read(length)
+    except OSError as error:
+        raise TensorFileError(f"{path}: {error.strerror}") from None
+    entries, metadata, problems = _parse(raw)
+    tensors, spans = {}, []
+    for name, entry in entries.items():
+        try:
+            dtype, shape, start, end = _entry(entry)
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+            continue
+        tensors[name] = (dtype, shape, 8 + length + start)
+        spans.append((start, end, name))
+    if not problems:
+        problems = _gaps(sorted(spans), size - 8 - length)
+    if problems:
+        raise TensorFileError("\n".join(f"{path}: {problem}" for problem in problems))
+    return Header(tensors, metadata, hashlib.sha256(head + raw).hexdigest())
+
+
+def _parse(raw: bytes) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    """Entries, metadata, and the keys that stand twice, at any depth of the header."""
+    twice: list[str] = []
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in seen:
+                twice.append(f"{key}: stands twice in the header")
+            seen[key] = value
+        return seen
+
+    try:
+        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        return {}, {}, [f"not a safetensors file: its header is not JSON ({type(error).__name__})"]
+    if not isinstance(entries, dict):
+        return {}, {}, ["not a safetensors file: its header is not an object"]
+    metadata = entries.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        return {}, {}, ["__metadata__: must be an object of strings"]
+    return entries, metadata, twice
+
+
+def _entry(entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
+    """dtype, shape, start and end of a header's entry; ValueError says what is wrong."""
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise ValueError("needs dtype, shape and data_offsets")
+    dtype, shape, offsets = DTYPES.get(str(entry["dtype"])), entry["shape"], entry["data_offsets"]
+    if dtype is None:
+        raise ValueError(f"dtype {entry['dtype']!r} is unknown; known are {', '.join(DTYPES)}")
+    for what, numbers in (("shape", shape), ("data_offsets", offsets)):
+        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
+            raise ValueError(f"{what} {str(numbers)[:80]} must be a list of counts")
+    if len(offsets) != 2 or len(shape) > 32:
+        raise ValueError(f"{len(shape)} axes and {len(offsets)} offsets; at most 32 axes, exactly 2 offsets")
+    need, have = math.prod(shape) * dtype.itemsize, offsets[1] - offsets[0]
+    if need != have:
+        raise ValueError(f"{entry['dtype']}{shape} needs {need} bytes, data_offsets give {have}")
+    return dtype, tuple(shape), offsets[0], offsets[1]
+
+
+def _gaps(spans: list[tuple[int, int, str]], size: int) -> list[str]:
+    """Where tensors overlap, leave bytes out, or reach past the end of a file's `size` bytes of data."""
+    problems, end = [], 0
+    for start, stop, name in spans:
+        if start != end and (start, stop) != (start, start):
+            what = "overlaps the tensor before it" if start < end else f"leaves {start - end} bytes before it"
+            problems.append(f"{name}: {what}")
+        end = max(end, stop)
+    if end > size:
+        problems.append(f"truncated: the tensors end at byte {end} of the data, the file has {size}")
+    elif end < size:
+        problems.append(f"{size - end} bytes after the last tensor belong to nothing")
+    return problems
+
+
+def open_file(path: Path) -> dict[str, Lazy]:
+    """All tensors of a file, unread. Raises TensorFileError as `read_header`."""
+    path = Path(path)
+    return {
+        name: Lazy(shape, dtype, _mapped(path, dtype, shape, offset), str(path))
+        for name, (dtype, shape, offset) in read_header(path).tensors.items()
+    }
+
+
+def _mapped(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> Callable[[], np.ndarray]:
+    """A map of its own for each reading: when the array goes, its pages leave the process too."""
+
+    def read() -> np.ndarray:
+        count = math.prod(shape)
+        if count == 0:
+            return np.zeros(shape, dtype)
+        first = offset - offset % mmap.ALLOCATIONGRANULARITY
+        try:
+            with open(path, "rb") as file:
+                length = offset - first + count * dtype.itemsize
+                mapped = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ, offset=first)
+        except (OSError, ValueError) as error:
+            raise TensorFileError(f"{path}: cannot be read any more: {error}") from None
+        return np.frombuffer(mapped, dtype, count, offset - first).reshape(shape)
+
+    return read
+
+
+def write_file(
+    path: Path,
+    tensors: Mapping[str, Planned],
+    metadata: Mapping[str, str],
+    progress: Callable[[int], None] = lambda n: None,
+) -> tuple[str, dict[str, str]]:
+    """Writes a file, its tensors in the given order, and flushes it to the disk.
+
+    Values are prepared here while a second thread hashes and writes those before them. A file that could not be
+    written whole is removed.
+
+    Returns:
+        SHA-256 of the header and of each tensor's bytes.
+    """
+    header, offset = {}, 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.nbytes
+        facts = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        header[name], offset = facts, end
+    text = json.dumps({"__metadata__": dict(metadata)} | header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that every tensor starts at a multiple of its item size
+    raw = len(text).to_bytes(8, "little") + text
+    try:
+        with open(path, "wb") as file:
+            file.write(raw)
+            digests = _write_values(file, tensors, progress)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        Path(path).unlink(missing_ok=True)
+        raise
+    return hashlib.sha256(raw).hexdigest(), digests
+
+
+def _write_values(
+    file: Any, tensors: Mapping[str, Planned], progress: Callable[[int], None]
+) -> dict[str, str]:
+    waiting: queue.Queue[tuple[str, np.ndarray] | None] = queue.Queue(maxsize=2)
+    digests = {name: hashlib.sha256() for name in tensors}
+    failure: list[BaseException] = []
+
+    def consume() -> None:
+        while (item := waiting.get()) is not None:
+            if failure:
+                continue
+            name, piece = item
+            try:
+                raw = piece.reshape(-1).view(np.uint8).data
+                digests[name].update(raw)
+                file.write(raw)
+                progress(len(raw))
+            except BaseException as error:
+                failure.append(error)
+
+    writer = threading.Thread(target=consume, name="tensor-writer", daemon=True)
+    writer.start()
+    try:
+        for name, tensor in tensors.items():
+            written = 0
+            for piece in tensor.pieces():
+                if failure:
+                    break
+                waiting.put((name, piece))
+                written += piece.nbytes
+            if not failure and written != tensor.nbytes:
+                raise AssertionError(f"{name}: {written} of {tensor.nbytes} bytes were prepared")
+    finally:
+        waiting.put(None)
+        writer.join()
+    if failure:
+        raise failure[0]
+    return {name: digest.hexdigest() for name, digest in digests.items()}
+
+
+def digest(tensor: Lazy) -> str:
+    """SHA-256 of a tensor's bytes as stored."""
+    total = hashlib.sha256()
+    for piece in blocks(tensor.read()):
+        total.update(piece.reshape(-1).view(np.uint8).data)
+    return total.hexdigest()

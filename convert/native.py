@@ -5,19 +5,20 @@ The same table pairs weights, gradients and optimizer moments; activations have 
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 
 from convert.rules import SAME, TRANSPOSE, ConversionError, Pair, Rule, convert, pair_up
 from convert.tree import Flat, from_jax, from_torch, load_torch
 from jaxlm.config import ModelConfig
 from jaxlm.model import Params, abstract_model
-from torchref.checkpoint import load_model, save_model
-from torchref.layers import Backends
-from torchref.model import Decoder
+
+if TYPE_CHECKING:
+    from torchref.layers import Backends
+    from torchref.model import Decoder
 
 RULES: tuple[Rule, ...] = (
     Rule(r"(embed|pos_embed)\.weight", r"\1.weight", SAME),
@@ -45,9 +46,17 @@ def to_jax(config: ModelConfig, flat: Flat) -> Flat:
 
 
 def build_torch(
-    config: ModelConfig, params: Mapping[str, jax.Array | np.ndarray], backends: Backends = Backends()
-) -> Decoder:
+    config: ModelConfig,
+    params: Mapping[str, jax.Array | np.ndarray],
+    backends: "Backends | None" = None,
+) -> "Decoder":
     """The torch twin of jaxlm parameters, in their dtype."""
+    import torch
+
+    from torchref.layers import Backends
+    from torchref.model import Decoder
+
+    backends = backends or Backends()
     with torch.device("meta"):
         model = Decoder(config, backends, rngs=None, dtype=torch.float32)
     load_torch(model, to_torch(config, from_jax(params)))
@@ -56,11 +65,15 @@ def build_torch(
 
 def export_torch(config: ModelConfig, params: Mapping[str, jax.Array | np.ndarray], directory: Path) -> None:
     """Writes jaxlm parameters as a torchref checkpoint: model.safetensors and config.json."""
+    from torchref.checkpoint import save_model
+
     save_model(build_torch(config, params), directory)
 
 
 def import_torch(directory: Path) -> tuple[ModelConfig, Params]:
     """Reads a torchref checkpoint into jaxlm parameters."""
+    from torchref.checkpoint import load_model
+
     model = load_model(directory)
     flat = to_jax(model.config, from_torch(model))
     if not jax.config.jax_enable_x64 and any(value.dtype == np.float64 for value in flat.values()):

@@ -1,16 +1,18 @@
-"""Conversion without holding a model: tensors are planned from their facts and made piece by piece when they are written.
+"""Conversion without holding a model: tensors are planned from their facts, and made when they are written.
 
-`there` plans the tensors of a table's other side from ours, `here` ours from the other side's. A plan reads nothing. Its
-pieces run along the first axis; transposes are done in blocks that fit the cache.
+`there` plans the tensors of a table's other side from ours, `here` ours from the other side's. A plan reads nothing.
+Its pieces run along the first axis; transposes are done in blocks that fit the cache.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 
+import ml_dtypes
 import numpy as np
 
-from convert.rules import Index, Pair, Transform, require
+from convert.rules import SAME, Index, Pair, Transform, require
 from jaxlm.tensor_file import Lazy, Planned, rows_at_once
 
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _ROWS, _COLUMNS = 512, 16  # of a block: each line of the source is used up before it leaves the cache
 
 
@@ -40,6 +42,53 @@ def here(pairs: list[Pair], tensors: Mapping[str, Lazy], dtype: np.dtype | None 
         kept = dtype or np.result_type(*kinds) if len(kinds) > 1 else dtype or kinds.pop()
         plans[path] = _plan(group[0].shape, kept, _assembled(parts))
     return plans
+
+
+def lazy(planned: Planned, origin: str = "memory") -> Lazy:
+    """A planned tensor as one to be read: reading makes it whole."""
+    return Lazy(planned.shape, planned.dtype, lambda: array(planned), origin)
+
+
+def cast(tensors: Mapping[str, Lazy], dtype: np.dtype | None) -> dict[str, Planned]:
+    """Tensors as they are, or rounded to `dtype`, piece by piece."""
+    whole = [Pair(path, tensor.shape, path, SAME, ()) for path, tensor in tensors.items()]
+    return there(whole, tensors, dtype)
+
+
+def guarded(plans: Mapping[str, Planned]) -> tuple[dict[str, Planned], list[str]]:
+    """The same plans, and a list that fills with a line per tensor that turns out to hold NaN or infinity."""
+    faults: list[str] = []
+
+    def watched(name: str, plan: Planned) -> Planned:
+        def pieces() -> Iterator[np.ndarray]:
+            bad = 0
+            for piece in plan.pieces():
+                bad += _count_not_finite(piece)
+                yield piece
+            if bad:
+                faults.append(f"{name}: {bad} of {piece_count(plan)} values are not finite in {plan.dtype}")
+
+        return Planned(plan.shape, plan.dtype, pieces)
+
+    return {name: watched(name, plan) for name, plan in plans.items()}, faults
+
+
+def piece_count(plan: Planned) -> int:
+    """Values of a planned tensor."""
+    return plan.nbytes // plan.dtype.itemsize
+
+
+def _count_not_finite(piece: np.ndarray) -> int:
+    if (
+        piece.dtype == BFLOAT16
+    ):  # numpy's own test goes value by value here; all exponent bits set says the same
+        bits = piece.reshape(-1).view(np.uint16) & 0x7F80
+        return int(np.count_nonzero(bits == 0x7F80)) if bits.size and bits.max() == 0x7F80 else 0
+    if piece.dtype.kind != "f":
+        return 0
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = piece.sum()  # finite sums cannot hide NaN or infinity, and are several times as fast
+    return 0 if np.isfinite(total) else int(piece.size - np.count_nonzero(np.isfinite(piece)))
 
 
 def array(planned: Planned) -> np.ndarray:

@@ -1,61 +1,23 @@
-"""What the entry points share: options from dataclasses (tyro), one-line errors, exit codes.
+"""What the entry points that train share: a run from a preset and its options, and the exit codes of jaxlm.cli."""
 
-Exit codes: 0 done; 1 a check failed; 2 bad input (one line on standard error); 130 interrupted.
-"""
-
-import contextlib
-import errno
-import importlib.util
-import io
-import os
-import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
 import tyro
 
-from jaxlm.config import ConfigError, InputError, MeshConfig, RunConfig, nearest
+from jaxlm import cli
+from jaxlm.cli import fail, need, parse, say
+from jaxlm.config import ConfigError, RunConfig
 from jaxlm.loop import DivergedError
 from jaxlm.presets import PRESETS, preset
 
-A = TypeVar("A")
-
-
-def say(text: str) -> None:
-    """A line for the person at the terminal; standard output belongs to results."""
-    print(text, file=sys.stderr, flush=True)
+__all__ = ["RunOptions", "fail", "main_guard", "need", "parse", "parse_run", "say"]
 
 
 def main_guard(main: Callable[[list[str]], int | None]) -> None:
-    """Runs an entry point and exits: bad input is one line and 2, an interrupt 130."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    try:
-        sys.exit(main(sys.argv[1:]) or 0)
-    except InputError as error:
-        fail(str(error))
-    except DivergedError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
-            raise
-        fail(f"{error.filename or 'output'}: {error.strerror}")
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def fail(message: str) -> None:
-    """Prints one line and exits with 2."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(2)
-
-
-def need(module: str, extra: str = "") -> None:
-    """Ends with one line, exit code 2, where an optional library is missing; extra: the one that brings it."""
-    if importlib.util.find_spec(module) is None:
-        fail(f"this needs {module}, which is not installed: pip install 'jaxlm[{extra or module}]'")
+    """`jaxlm.cli.main_guard`, where a run that diverged exits with 1."""
+    cli.main_guard(main, failures=(DivergedError,))
 
 
 @dataclass(frozen=True)
@@ -85,67 +47,3 @@ def parse_run(argv: list[str], prog: str, description: str, default: str | None 
     about = f"{description}\n\nPRESET is one of {names}.\nDefaults shown below are those of {name}."
     usage = f"{prog} {'[PRESET]' if default else 'PRESET'}"
     return parse(RunOptions, argv, usage, about, RunOptions(run, preset=name))
-
-
-def parse(kind: type[A], argv: list[str], prog: str, description: str, default: A | None = None) -> A:
-    """tyro on a dataclass; --help prints and exits 0, everything wrong is one line. Raises ConfigError."""
-    captured = io.StringIO()
-    keywords: dict[str, Any] = {} if default is None else {"default": default}
-    wants_help = bool({"-h", "--help"} & set(argv))
-    try:
-        with contextlib.ExitStack() as stack:
-            if not wants_help:
-                stack.enter_context(contextlib.redirect_stderr(captured))
-                stack.enter_context(contextlib.redirect_stdout(captured))
-            return tyro.cli(
-                kind,
-                args=argv,
-                prog=prog,
-                description=description,
-                registry=_registry(),
-                config=_CONFIG,
-                **keywords,
-            )
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        raise ConfigError(_one_line(captured.getvalue())) from None
-
-
-_CONFIG = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff)
-
-
-def _registry() -> tyro.constructors.ConstructorRegistry:
-    registry = tyro.constructors.ConstructorRegistry()
-
-    @registry.primitive_rule
-    def mesh(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
-        if info.type is not MeshConfig:
-            return None
-        return tyro.constructors.PrimitiveConstructorSpec(
-            nargs=1,
-            metavar="AXIS=N,…",
-            instance_from_str=lambda words: MeshConfig.parse(words[0]),
-            is_instance=lambda value: isinstance(value, MeshConfig),
-            str_from_instance=lambda value: [str(value)],
-        )
-
-    return registry
-
-
-def _one_line(text: str) -> str:
-    """tyro's box as one line: the message, and the nearest option where it knows one."""
-    lines = [re.sub(r"^[│|╭╰+][─ -]?|[│|╮╯+]$", "", line).strip() for line in text.splitlines()]
-    rules = [i for i, line in enumerate(lines) if line and set(line) <= {"─", "-"}]
-    first = 2 if rules[:1] == [1] else 1  # the title stands in the border, or on a ruled line of its own
-    ends = [i for i in rules if i > first]
-    body = [line for line in lines[first : ends[0] if ends else None] if line]
-    message = " ".join(body) or "the command line could not be read"
-    message = re.sub(
-        r"^Error parsing ([\w.-]+): ", lambda m: "" if m[1].startswith("run") else f"{m[1]}: ", message
-    )
-    suggestions = [m[0] for line in lines if (m := re.match(r"--[\w.-]+", line))]
-    unknown = re.findall(r"--[\w.-]+", message) if message.startswith("Unrecognized") else []
-    if unknown:
-        message = f"unknown option {unknown[0]}{nearest(unknown[0], suggestions)}; see --help"
-    return message

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from experiments.cli import main_guard, need, parse, say
-from experiments.targets import open_target
+from convert.targets import open_target
 from jaxlm.config import ModelConfig
 
 if TYPE_CHECKING:

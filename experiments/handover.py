@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.cli import need, say
-from experiments.targets import TORCH_CHECKPOINTS
+from convert.targets import TORCH_CHECKPOINTS
 from jaxlm.config import RunConfig
 from jaxlm.run_dir import RunDir
 

@@ -151,7 +151,7 @@ def chosen_preset(name: str, options: ParityOptions) -> RunConfig:
 
 def opened(name: str, options: ParityOptions) -> Any:
     """A run directory or checkpoint; a misspelt preset gets its neighbours named."""
-    from experiments.targets import open_target
+    from convert.targets import open_target
 
     if not Path(name).exists() and os.sep not in name:
         raise ConfigError(

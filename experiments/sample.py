@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from experiments.cli import main_guard, parse, say
-from experiments.targets import Target, open_target
+from convert.targets import Target, open_target
 from jaxlm.config import ConfigError, InputError
 from jaxlm.tokenizer import Tokenizer
 

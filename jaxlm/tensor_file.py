@@ -100,7 +100,6 @@ class Header:
 
     tensors: dict[str, tuple[np.dtype, tuple[int, ...], int]]  # name -> dtype, shape, offset in the file
     metadata: dict[str, str]
-    sha256: str  # of the header's bytes, its length included
 
 
 def read_header(path: Path) -> Header:
@@ -136,7 +135,7 @@ def read_header(path: Path) -> Header:
         problems = _gaps(sorted(spans), size - 8 - length)
     if problems:
         raise TensorFileError("\n".join(f"{path}: {problem}" for problem in problems))
-    return Header(tensors, metadata, hashlib.sha256(head + raw).hexdigest())
+    return Header(tensors, metadata)
 
 
 def _parse(raw: bytes) -> tuple[dict[str, Any], dict[str, str], list[str]]:
@@ -229,14 +228,14 @@ def write_file(
     tensors: Mapping[str, Planned],
     metadata: Mapping[str, str],
     progress: Callable[[int], None] = lambda n: None,
-) -> tuple[str, dict[str, str]]:
+) -> tuple[int, dict[str, str]]:
     """Writes a file, its tensors in the given order, and flushes it to the disk.
 
     Values are prepared here while a second thread hashes and writes those before them. A file that could not be
     written whole is removed.
 
     Returns:
-        SHA-256 of the header and of each tensor's bytes.
+        Where the first tensor starts, and the SHA-256 of each tensor's bytes.
     """
     header, offset = {}, 0
     for name, tensor in tensors.items():
@@ -255,7 +254,7 @@ def write_file(
     except BaseException:
         Path(path).unlink(missing_ok=True)
         raise
-    return hashlib.sha256(raw).hexdigest(), digests
+    return len(raw), digests
 
 
 def _write_values(

@@ -1,0 +1,296 @@
+"""Moves models between formats, tensor by tensor, and checks what it moved.
+
+    python -m convert inspect TARGET                what it holds, and what it can become
+    python -m convert import SRC DST                Hugging Face, GGUF, gptoss .pt, torchref -> a jaxlm directory
+    python -m convert export TARGET --to hf DST     also torch, pt, gguf, onnx, gptoss, jaxlm
+    python -m convert verify DIR                    every tensor against the manifest's hashes
+
+TARGET is a run, a model directory (jaxlm, torchref, Hugging Face), a .gguf or a gptoss .pt file. DST appears when it is
+whole, with a manifest.json. `COMMAND --help` lists a command's options. Exit codes: 0 done and right; 1 a check failed;
+2 bad input or a damaged source.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from convert import key_report, prove
+from convert.targets import Target, open_target
+from convert.writers import WRITERS, Choices, Dtype, Format, dtype_of
+from jaxlm import model_dir
+from jaxlm.cli import main_guard, need, parse, say
+from jaxlm.config import ConfigError, InputError, nearest, to_dict
+from jaxlm.count import param_count
+
+
+@dataclass(frozen=True)
+class Common:
+    """Options of import and export."""
+
+    dtype: Dtype = ""  # round the weights to this; '' = as they are stored; q8_0 for GGUF
+    tokenizer: bool = True  # carry the tokenizer over
+    optimizer: bool = (
+        True  # carry AdamW's moments and step over, where there are any and the format has a place
+    )
+    max_shard_gb: float = 5.0  # largest file of weights, in 10^9 bytes
+    parity: bool = False  # open the result again and compare activations, loss and gradients with the source
+    dry_run: bool = False  # say what would go where, write nothing
+    overwrite: bool = False  # put the result in the place of what is there
+
+    def choices(self, **more: Any) -> Choices:
+        """The same for a writer. Raises ConfigError on a size that cannot be."""
+        if not self.max_shard_gb > 0:
+            raise ConfigError(f"--max-shard-gb {self.max_shard_gb} must be positive")
+        size = int(min(self.max_shard_gb, 1e9) * 1e9)
+        return Choices(self.dtype, self.tokenizer, self.optimizer, max_shard_bytes=max(1, size), **more)
+
+
+@dataclass(frozen=True)
+class ImportOptions(Common):
+    """Options of import."""
+
+    source: Annotated[str, tyro.conf.Positional] = ""  # Hugging Face or torchref directory, .gguf, gptoss .pt
+    destination: Annotated[str, tyro.conf.Positional] = ""  # the new jaxlm directory
+
+
+@dataclass(frozen=True)
+class ExportOptions(Common):
+    """Options of export."""
+
+    target: Annotated[str, tyro.conf.Positional] = ""  # run, model directory or file
+    destination: Annotated[str, tyro.conf.Positional] = ""  # the new directory
+    to: Format | Literal[""] = ""  # the format
+    checkpoint: Literal["latest", "best"] = "latest"  # of a run
+    family: str = ""  # hf: llama, mistral, mixtral, qwen2, …; '' = the first that computes the same
+    experts: Literal["", "per_expert", "fused"] = (
+        ""  # hf: '' = the layout that transformers 4 and 5 both open
+    )
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """Options of inspect."""
+
+    target: Annotated[str, tyro.conf.Positional]  # run, model directory or file
+    checkpoint: Literal["latest", "best"] = "latest"  # of a run
+    tensors: bool = False  # list every tensor too
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """Options of verify."""
+
+    directory: Annotated[str, tyro.conf.Positional]  # what import or export wrote
+
+
+def main(argv: list[str]) -> int:
+    """Entry point."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if argv else 2
+    name, rest = argv[0], argv[1:]
+    if name not in COMMANDS:
+        raise ConfigError(
+            f"unknown command {name!r}{nearest(name, COMMANDS)}; commands are {', '.join(COMMANDS)}"
+        )
+    kind, command = COMMANDS[name]
+    return command(parse(kind, rest, f"python -m convert {name}", command.__doc__ or ""))
+
+
+def import_model(options: ImportOptions) -> int:
+    """Reads a model of another format into a jaxlm directory that every entry point opens."""
+    _require_paths("import SRC DST", options.source, options.destination)
+    if options.dtype == "q8_0":
+        raise ConfigError("--dtype q8_0 is for --to gguf only; choose float32, bfloat16, float16 or float64")
+    target = open_target(options.source, optimizer=options.optimizer)
+    if options.dry_run:
+        return _report(target, key_report.source_table(target), inverse=True)
+    return _write(target, "jaxlm", options, options.choices())
+
+
+def export_model(options: ExportOptions) -> int:
+    """Writes a model in another format, ready for the tools that read it."""
+    _require_paths("export TARGET --to FORMAT DST", options.target, options.destination)
+    if not options.to:
+        raise ConfigError(f"name the format: --to {', '.join(WRITERS)}")
+    target = open_target(options.target, options.checkpoint, options.optimizer)
+    choices = options.choices(family=options.family or None, experts=options.experts or None)
+    if options.dry_run:
+        pairs = key_report.table(options.to, target.config, choices.family, choices.experts)
+        return _report(target, pairs, inverse=False)
+    return _write(target, options.to, options, choices)
+
+
+def inspect_model(options: InspectOptions) -> int:
+    """Says what a target holds: architecture, sizes, dtypes, tokenizer, and the formats that can express it."""
+    target = open_target(options.target, options.checkpoint)
+    contents = target.contents
+    kinds = sorted({str(t.dtype) for t in contents.tensors.values()})
+    nbytes = sum(_nbytes(t) for t in contents.tensors.values())
+    family = f" ({contents.family})" if contents.family else ""
+    print(f"{target.path}: {target.kind}{family}")
+    print(f"parameters: {param_count(target.config):,} in {len(contents.tensors)} tensors")
+    print(f"stored as {', '.join(kinds)}, {nbytes / 1e9:.3g} GB")
+    print(f"optimizer state: {'step ' + str(contents.moments.step) if contents.moments else 'none'}")
+    print(f"tokenizer: {_tokenizer_line(target)}")
+    print("config:")
+    _print_fields(to_dict(target.config), "  ")
+    for note in contents.notes:
+        print(f"note: {note}")
+    print("can become:")
+    for format in WRITERS:
+        print(f"  {format}: {_expressible(format, target)}")
+    if options.tensors:
+        for path, tensor in contents.tensors.items():
+            print(f"{path}  {list(tensor.shape)}  {tensor.dtype}")
+    return 0
+
+
+def verify_directory(options: VerifyOptions) -> int:
+    """Computes every hash of a directory again; exit code 1 names what has changed."""
+    directory = Path(options.directory)
+    if not directory.is_dir():
+        raise InputError(f"{directory} is not a directory")
+    manifest = model_dir.read_manifest(directory)
+    total = sum(t["nbytes"] for t in (manifest or {}).get("tensors", {}).values())
+    with _bar("verifying", total) as progress:
+        problems, count = model_dir.verify(directory, progress)
+    for problem in problems:
+        print(problem)
+    print(f"{directory}: {count} tensors, {f'{len(problems)} DAMAGED' if problems else 'all as written'}")
+    return 1 if problems else 0
+
+
+COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
+    "inspect": (InspectOptions, inspect_model),
+    "import": (ImportOptions, import_model),
+    "export": (ExportOptions, export_model),
+    "verify": (VerifyOptions, verify_directory),
+}
+
+
+def _write(target: Target, format: str, options: Common, choices: Choices) -> int:
+    """Writes, proves if asked to, and puts the directory in its place."""
+    destination = Path(getattr(options, "destination"))  # noqa: B009
+    if options.parity:
+        need("torch")
+        if options.dtype == "q8_0":
+            raise ConfigError("--parity is exact and q8_0 rounds; leave one of them out")
+        if format == "pt":
+            raise ConfigError(
+                "--parity opens what --to torch writes, the same weights; --to pt has no reader of its own"
+            )
+        prove.require_memory(target.config)
+    contents = target.contents
+    total = sum(_nbytes(t) for t in contents.tensors.values())
+    started = time.perf_counter()
+    with model_dir.staged(destination, options.overwrite) as staging:
+        with _bar(f"writing {format}", total) as progress:
+            written = WRITERS[format](target, staging, choices, progress)
+        passed = _proved(target, format, staging, choices) if options.parity else True
+        if not passed:
+            raise CheckFailed(f"{destination} was not written: it would not be the model that was read")
+        facts = {"source": {"kind": target.kind, "path": target.path.name}, "parity": bool(options.parity)}
+        model_dir.write_manifest(staging, format, written.tensors, facts)
+    seconds = time.perf_counter() - started
+    for note in (*contents.notes, *written.notes):
+        say(f"note: {note}")
+    say(f"written to {destination}: {total / 1e9:.3g} GB of weights in {seconds:.1f} s")
+    return 0
+
+
+class CheckFailed(Exception):
+    """A check that failed; one line, exit code 1."""
+
+
+def _proved(target: Target, format: str, staging: Path, choices: Choices) -> bool:
+    if format == "onnx":
+        passed, line = prove.compare_onnx(target, staging)
+        say(line)
+        return passed
+    report = prove.compare(target.config, target.contents.tensors, staging, dtype_of(choices))
+    for line in report.lines():
+        say(line)
+    return report.passed
+
+
+def _report(target: Target, pairs: list[Any], inverse: bool) -> int:
+    for line in key_report.lines(pairs, target.contents.tensors, inverse):
+        print(line)
+    count = len(pairs) or len(target.contents.tensors)
+    say(f"{count} tensors, none missing, none unused, none misshapen; nothing was written")
+    for note in target.contents.notes:
+        say(f"note: {note}")
+    return 0
+
+
+def _require_paths(usage: str, source: str, destination: str) -> None:
+    if not source or not destination:
+        raise ConfigError(f"two paths are needed: python -m convert {usage}")
+
+
+@contextmanager
+def _bar(what: str, total: int):
+    """A progress bar over bytes on a terminal; nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda n: None
+        return
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda n: progress.update(task, advance=n)
+
+
+def _nbytes(tensor: Any) -> int:
+    size = tensor.dtype.itemsize
+    for n in tensor.shape:
+        size *= n
+    return size
+
+
+def _tokenizer_line(target: Target) -> str:
+    try:
+        return f"{target.tokenizer.vocab_size:,} ids"
+    except InputError as error:
+        return str(error).splitlines()[0]
+
+
+def _expressible(format: str, target: Target) -> str:
+    try:
+        pairs = key_report.table(format, target.config)
+    except InputError as error:
+        return "no: " + "; ".join(line for line in str(error).splitlines() if line)
+    if format == "hf":
+        from convert.hf.express import require_family
+
+        return f"yes, {require_family(target.config).name}, {len(pairs)} tensors"
+    return "yes"
+
+
+def _print_fields(fields: dict[str, Any], indent: str) -> None:
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            print(f"{indent}{name}:")
+            _print_fields(value, indent + "  ")
+        else:
+            print(f"{indent}{name}: {value}")
+
+
+if __name__ == "__main__":
+    main_guard(main, failures=(CheckFailed,))

@@ -1,0 +1,80 @@
+"""Is what was written the model that was read? The forward and gradient rungs of the parity suite, on the result.
+
+The source computes in JAX, from the weights that were read; the result is opened again from its files and computes in
+PyTorch (an ONNX graph in onnxruntime). Both in float64.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from convert import stream
+from convert.targets import Target, open_target
+from jaxlm.config import ConfigError, ModelConfig
+from jaxlm.count import param_count
+from jaxlm.tensor_file import Lazy
+
+if TYPE_CHECKING:
+    from convert.parity.results import Report
+
+RUNGS = ("config", "tree", "activations", "loss", "gradients")
+LENGTH = 131  # positions of the compared batch
+_COPIES = 8  # of the weights in float64 that the comparison holds at its height
+ONNX_LIMIT = 2e-6  # float32 logits in onnxruntime against PyTorch in float64, relative; measured up to 8e-7
+
+
+def require_memory(config: ModelConfig) -> None:
+    """Raises ConfigError where the comparison cannot fit into this machine."""
+    needed = _COPIES * 8 * param_count(config)
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > available:
+        raise ConfigError(
+            f"--parity computes {param_count(config):,} parameters in float64, which takes about "
+            f"{needed / 2**30:,.0f} GiB and this machine has {available / 2**30:,.0f}; leave it out, and run verify"
+        )
+
+
+def compare(
+    config: ModelConfig, tensors: Mapping[str, Lazy], result: Path, dtype: np.dtype | None, seed: int = 0
+) -> "Report":
+    """The report on a directory that was just written; `dtype`: what the weights were rounded to."""
+    from convert.parity.suite import Options, compare_decoders, decoder_run
+
+    params = {path: stream.array(plan) for path, plan in stream.cast(tensors, dtype).items()}
+    options = Options(rungs=RUNGS, seed=seed, length=LENGTH)
+    module = open_target(result).decoder.cpu()
+    return compare_decoders(decoder_run(config), params, module, options, "what was read", "what was written")
+
+
+def compare_onnx(target: Target, result: Path, seed: int = 0) -> tuple[bool, str]:
+    """Logits of an ONNX graph against the twin in float64: whole, and through the cache; passed, and a line."""
+    import torch
+
+    from convert.onnx_decoder import OnnxDecoder
+
+    config = target.config
+    length = min(LENGTH, config.context)
+    ids = np.random.default_rng(seed).integers(0, config.vocab_size, (2, length))
+    with torch.no_grad():
+        expected = target.decoder.cpu().double()(torch.from_numpy(ids))[0].numpy()
+    decoder = OnnxDecoder(result / "model.onnx")
+    whole, _ = decoder.prefill(ids)
+    cut = max(1, length - 16)
+    part, cache = decoder.prefill(ids[:, :cut])
+    parts = [part]
+    for t in range(cut, length):
+        part, cache = decoder.step(ids[:, t : t + 1], cache)
+        parts.append(part)
+    errors = [
+        float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+        for found in (whole, np.concatenate(parts, axis=1))
+    ]
+    passed = all(error <= ONNX_LIMIT for error in errors)
+    verdict = "agree" if passed else "DISAGREE"
+    return passed, (
+        f"float64 PyTorch and onnxruntime {verdict}: prefill {errors[0]:.1e}, {length - cut} cached steps "
+        f"{errors[1]:.1e}, limit {ONNX_LIMIT:.0e}"
+    )

@@ -1,0 +1,370 @@
+"""A TARGET of a command line, opened: whatever holds a model, in our names and layouts.
+
+    run       a run directory: orbax checkpoints, or torchref's where PyTorch trained it
+    jaxlm     a model directory in jaxlm's layouts, as `python -m convert import` writes it
+    torch     a torchref checkpoint: the same names, [out, in]
+    hf        a Hugging Face directory of a family that is known here
+    gguf      a GGUF file of the llama architecture
+    gptoss    a .pt checkpoint of gptoss
+
+Weights are read when they are first asked for, tensor by tensor where the format allows. jax and torch are imported no
+earlier than they are needed.
+"""
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from jaxlm.config import InputError, ModelConfig, RunConfig, load
+from jaxlm.model_dir import CONFIG, INDEX, read_manifest
+from jaxlm.run_dir import RunDir
+from jaxlm.tensor_file import Lazy, TensorFileError, open_file, read_header
+from jaxlm.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from jaxlm.model import Params
+    from torchref.model import Decoder
+
+TORCH_CHECKPOINTS = "checkpoints-torch"  # of a run that torchref trained: latest/ and best/
+WEIGHTS, OPTIMIZER, FACTS = "model.safetensors", "optimizer.safetensors", "training.json"
+SOURCE = "source"  # of a model directory: the files of the format that it was imported from
+Kind = Literal["run", "jaxlm", "torch", "hf", "gguf", "gptoss"]
+_EXPECTED = (
+    "a target is a run, a model directory with config.json and model.safetensors (jaxlm, torchref or Hugging Face), "
+    "a .gguf file or a gptoss .pt file"
+)
+
+
+class TargetError(InputError):
+    """A path that is no target, or lacks what was asked of it."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """AdamW's state in our names: what a run needs beside the weights to go on."""
+
+    m: Mapping[str, Lazy]  # running mean of the gradients
+    v: Mapping[str, Lazy]  # running mean of their squares
+    step: int  # optimizer steps done
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a target holds, unread: weights in our names, and what else its format carries."""
+
+    tensors: Mapping[str, Lazy]
+    moments: Moments | None = None
+    raw: dict[str, Any] | None = None  # Hugging Face's config.json
+    carried: Mapping[str, Path] = field(default_factory=dict)  # tokenizer and generation files of that format
+    tokenizer: Tokenizer | None = None  # where the format holds one of its own
+    notes: tuple[str, ...] = ()
+    family: str | None = None  # of a Hugging Face directory
+
+
+@dataclass(frozen=True)
+class Target:
+    """An opened target: what it is, and on demand its tokenizer and its weights for either framework."""
+
+    path: Path
+    config: ModelConfig
+    run: RunConfig | None  # None for anything but a run
+    checkpoint: str  # latest or best, of a run
+    kind: Kind = "torch"
+    foreign: Contents | None = None  # of formats whose configuration cannot be had without opening them
+
+    @property
+    def torch_weights(self) -> Path | None:
+        """Directory of the torchref checkpoint, None where something else has the weights."""
+        if self.run is None:
+            return self.path if self.kind == "torch" else None
+        directory = self.path / TORCH_CHECKPOINTS / self.checkpoint
+        return directory if (directory / WEIGHTS).is_file() and not self._orbax_is_meant else None
+
+    @functools.cached_property
+    def _orbax_is_meant(self) -> bool:
+        """Of a run that both frameworks trained, the later step is the latest and the lower loss the best."""
+        if not _has_orbax(self.path):
+            return False
+        facts = self.path / TORCH_CHECKPOINTS / self.checkpoint / FACTS
+        if not facts.is_file():
+            return True
+        from jaxlm.checkpoint import Checkpoints
+
+        ours = Checkpoints(RunDir(self.path).checkpoints)
+        try:
+            theirs = json.loads(facts.read_text(encoding="utf-8"))
+            step, best = int(theirs["step"]), float(theirs["best"])
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise TargetError(f"{facts} cannot be read: {error}") from None
+        if self.checkpoint == "latest":
+            return (ours.latest_step or 0) >= step
+        return ours.best_metric is not None and ours.best_metric <= best
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer beside the weights, or inside their file. Raises InputError where there is none."""
+        if self.foreign is not None and self.foreign.tokenizer is not None:
+            return self.foreign.tokenizer
+        path = (self.path if self.path.is_dir() else self.path.parent) / "tokenizer.json"
+        if not path.is_file():
+            raise TargetError(
+                f"{self.path} has no tokenizer.json; copy there the one that the model was trained with"
+            )
+        return Tokenizer.load(path)
+
+    @functools.cached_property
+    def contents(self) -> Contents:
+        """Weights in our names, unread where the format allows, with what else it holds."""
+        if self.foreign is not None:
+            return self.foreign
+        if self.run is not None and self.torch_weights is None:
+            return _of_run(self.run, RunDir(self.path).checkpoints, self.checkpoint)
+        if self.kind == "jaxlm":
+            return _of_jaxlm(self.path, self.config)
+        assert self.torch_weights is not None
+        return _of_torch(self.torch_weights, self.config)
+
+    @property
+    def params(self) -> "Params":
+        """jaxlm's parameters, in the dtype they were saved in. Raises InputError where there are none."""
+        return load_params(self.contents.tensors, self.config)
+
+    @functools.cached_property
+    def decoder(self) -> "Decoder":
+        """The torch twin, on CUDA where there is one. Raises InputError where there are no weights."""
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.torch_weights is not None:
+            from torchref.checkpoint import load_model
+
+            return load_model(self.torch_weights, device=device)
+        from convert.native import build_torch
+
+        arrays = {path: tensor.read() for path, tensor in self.contents.tensors.items()}
+        return build_torch(self.config, arrays).to(device)
+
+
+def open_target(path: str | Path, checkpoint: str = "latest", optimizer: bool = True) -> Target:
+    """Reads a target's configuration; `optimizer`: whether AdamW's state in a gptoss file is wanted, and must fit.
+
+    Raises InputError where the path is no target, or a damaged one.
+    """
+    path = Path(path)
+    if checkpoint not in ("latest", "best"):
+        raise TargetError(f"checkpoint={checkpoint!r} must be latest or best")
+    if path.is_file():
+        return _open_single(path, checkpoint, optimizer)
+    if not path.is_dir():
+        raise TargetError(f"{path} does not exist; {_EXPECTED}")
+    config = path / CONFIG
+    if not config.is_file():
+        inside = [p for p in sorted(path.iterdir()) if p.suffix in (".gguf", ".pt")]
+        if len(inside) == 1:
+            return _open_single(inside[0], checkpoint, optimizer)
+        raise TargetError(f"{path} has no config.json; {_EXPECTED}")
+    try:
+        facts = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise TargetError(f"{config} cannot be read: {error}") from None
+    if not isinstance(facts, dict):
+        raise TargetError(f"{config} must hold an object, got {str(facts)[:80]}")
+    if "model" in facts:
+        run = load(RunConfig, config)
+        return Target(path, run.model, run, checkpoint, "run")
+    if "model_type" in facts or "architectures" in facts:
+        return _open_hf(path, checkpoint)
+    if not (path / WEIGHTS).is_file() and not (path / INDEX).is_file():
+        raise TargetError(f"{path} has a config.json but neither checkpoints nor {WEIGHTS}; {_EXPECTED}")
+    return Target(path, load(ModelConfig, config), None, checkpoint, layout_of(path))
+
+
+def layout_of(directory: Path) -> Literal["jaxlm", "torch"]:
+    """Whose layouts a model directory has: its manifest says so, or else its first file."""
+    manifest = read_manifest(directory)
+    if manifest is not None:
+        said = manifest.get("format")
+    elif (directory / INDEX).is_file():
+        first = sorted(set(_weight_map(directory).values()))[0]
+        said = read_header(directory / first).metadata.get("format")
+    else:
+        said = read_header(directory / WEIGHTS).metadata.get("format")
+    return "jaxlm" if said == "jaxlm" else "torch"
+
+
+def open_weights(directory: Path) -> dict[str, Lazy]:
+    """All tensors of model.safetensors, or of the shards that the index names.
+
+    Raises TensorFileError with all that is missing, damaged or doubled.
+    """
+    if not (directory / INDEX).is_file():
+        return open_file(directory / WEIGHTS)
+    index, problems, tensors = _weight_map(directory), [], {}
+    for file in sorted(set(index.values())):
+        if Path(file).name != file:
+            problems.append(f"{INDEX}: {file!r} is not a file of this directory")
+            continue
+        try:
+            found = open_file(directory / file)
+        except TensorFileError as error:
+            problems.append(str(error))
+            continue
+        problems += [f"{name}: is in {file} too" for name in found if name in tensors]
+        tensors |= found
+    if not problems:
+        problems = [f"{name}: named by {INDEX}, but in no file" for name in index if name not in tensors]
+        problems += [f"{name}: in a file, but not named by {INDEX}" for name in tensors if name not in index]
+    if problems:
+        raise TensorFileError("\n".join(problems))
+    return tensors
+
+
+def load_params(tensors: Mapping[str, Lazy], config: ModelConfig, mesh: "Mesh | None" = None) -> "Params":
+    """Tensors as jaxlm's parameters, one after the other; on a mesh each device receives its own part only.
+
+    Raises TargetError where the weights are float64 and jax would narrow them.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from jaxlm.model import abstract_model
+    from jaxlm.sharding import sharding
+
+    if not jax.config.jax_enable_x64 and any(t.dtype == np.float64 for t in tensors.values()):
+        raise TargetError("the weights are float64: set JAX_ENABLE_X64=1, or jax would narrow them")
+    if mesh is None:
+        return {
+            path: jnp.array(tensor.read()) for path, tensor in tensors.items()
+        }  # never the file's own pages
+    axes = abstract_model(config).axes
+    params = {}
+    for path, tensor in tensors.items():
+        whole = tensor.read()
+        params[path] = jax.make_array_from_callback(
+            tensor.shape, sharding(mesh, tensor.shape, axes[path]), lambda index, whole=whole: whole[index]
+        )
+        params[path].block_until_ready()  # so that no second tensor is read before this one is placed
+    return params
+
+
+def _open_hf(path: Path, checkpoint: str) -> Target:
+    from convert import hf, stream
+
+    found = hf.read(path)
+    tensors = {name: stream.lazy(planned, str(path)) for name, planned in found.tensors.items()}
+    contents = Contents(
+        tensors, raw=found.raw_config, carried=found.carried, notes=found.notes, family=found.family
+    )
+    return Target(path, found.config, None, checkpoint, "hf", contents)
+
+
+def _open_single(path: Path, checkpoint: str, optimizer: bool) -> Target:
+    """A target that is one file."""
+    from convert import stream
+
+    if path.suffix == ".gguf":
+        from convert import gguf_file
+
+        found = gguf_file.read(path)
+        tensors = {name: stream.lazy(planned, str(path)) for name, planned in found.tensors.items()}
+        contents = Contents(tensors, tokenizer=found.tokenizer, notes=tuple(found.notes))
+        return Target(path, found.config, None, checkpoint, "gguf", contents)
+    if path.suffix in (".pt", ".pth"):
+        from convert import gptoss
+
+        found = gptoss.read(path, optimizer)
+        tensors = {name: stream.lazy(planned, str(path)) for name, planned in found.tensors.items()}
+        moments = None
+        if found.moments is not None:
+            m, v = (
+                {name: stream.lazy(planned, str(path)) for name, planned in part.items()}
+                for part in (found.moments.m, found.moments.v)
+            )
+            moments = Moments(m, v, found.moments.step)
+        contents = Contents(tensors, moments=moments, notes=tuple(found.notes))
+        return Target(path, found.config, None, checkpoint, "gptoss", contents)
+    raise TargetError(f"{path} is a file of no known kind; {_EXPECTED}")
+
+
+def _of_run(run: RunConfig, directory: Path, which: str) -> Contents:
+    """An orbax checkpoint on one device, whatever mesh saved it."""
+    from jaxlm import optim
+    from jaxlm.checkpoint import Checkpoints
+    from jaxlm.engine import restore_state
+
+    state, _ = restore_state(run, Checkpoints(directory), which)  # type: ignore[arg-type]
+    adam = optim.moments(state.opt_state)
+    m, v, params = (
+        {path: Lazy.of(np.asarray(x), str(directory)) for path, x in part.items()}
+        for part in (adam.m, adam.v, state.params)
+    )
+    return Contents(params, Moments(m, v, int(state.step)))
+
+
+def _of_jaxlm(path: Path, config: ModelConfig) -> Contents:
+    from convert.rules import SAME, Pair, require
+    from jaxlm.model import abstract_model
+
+    shapes = {name: tuple(s.shape) for name, s in abstract_model(config).shapes.items()}
+    same = [Pair(name, shape, name, SAME) for name, shape in shapes.items()]
+    tensors = open_weights(path)
+    require(same, tensors)
+    moments = _stored_moments(path, {"m": "m", "v": "v"}, lambda part: (require(same, part), part)[1])
+    folder = path / SOURCE
+    carried = {p.name: p for p in sorted(folder.iterdir()) if p.name != CONFIG} if folder.is_dir() else {}
+    raw = json.loads((folder / CONFIG).read_text(encoding="utf-8")) if (folder / CONFIG).is_file() else None
+    return Contents({name: tensors[name] for name in shapes}, moments, raw, carried)
+
+
+def _of_torch(path: Path, config: ModelConfig) -> Contents:
+    from convert import native, stream
+
+    pairs = native.pairs(config)
+
+    def ours(part: Mapping[str, Lazy]) -> dict[str, Lazy]:
+        return {name: stream.lazy(planned, str(path)) for name, planned in stream.here(pairs, part).items()}
+
+    tensors = ours(open_weights(path))
+    return Contents(tensors, _stored_moments(path, {"m": "exp_avg", "v": "exp_avg_sq"}, ours))
+
+
+def _stored_moments(path: Path, slots: dict[str, str], ours: Any) -> Moments | None:
+    """AdamW's state of a model directory: optimizer.safetensors with SLOT:NAME, and the step in training.json."""
+    if not (path / OPTIMIZER).is_file():
+        return None
+    stored = open_file(path / OPTIMIZER)
+    if not stored:
+        return None
+    try:
+        step = int(json.loads((path / FACTS).read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TargetError(f"{path / FACTS} cannot be read: {error}") from None
+    split = {
+        slot: {name.partition(":")[2]: t for name, t in stored.items() if name.partition(":")[0] == theirs}
+        for slot, theirs in slots.items()
+    }
+    return Moments(ours(split["m"]), ours(split["v"]), step)
+
+
+def _weight_map(directory: Path) -> dict[str, str]:
+    path = directory / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if not index or not all(isinstance(file, str) for file in index.values()):
+            raise TypeError("weight_map must name a file for each tensor")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise TensorFileError(f"{path}: cannot be read ({error})") from None
+    return dict(index)
+
+
+def _has_orbax(path: Path) -> bool:
+    from jaxlm.checkpoint import Checkpoints
+
+    return bool(Checkpoints(RunDir(path).checkpoints).steps)

@@ -1,0 +1,258 @@
+"""What `export` writes: one function per format, each into a directory that is still hidden.
+
+Every writer takes an opened target and returns where its tensors lie, with their hashes, for the manifest.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from convert import stream
+from convert.targets import FACTS, OPTIMIZER, SOURCE, Moments, Target
+from jaxlm import model_dir
+from jaxlm.config import ConfigError, InputError, save
+from jaxlm.model_dir import CONFIG, Progress, Stored
+from jaxlm.tensor_file import Lazy, Planned
+from jaxlm.tokenizer import TokenizerError
+
+Format = Literal["jaxlm", "torch", "pt", "hf", "gguf", "onnx", "gptoss"]
+Dtype = Literal["", "float32", "bfloat16", "float16", "float64", "q8_0"]
+DTYPES: dict[str, np.dtype | None] = {
+    "": None,
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+    "float64": np.dtype(np.float64),
+}
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What can be said about an export."""
+
+    dtype: Dtype = ""  # '' = as it is stored
+    tokenizer: bool = True  # False leaves it out
+    optimizer: bool = True  # False leaves AdamW's state out
+    family: str | None = None  # hf: '' = the first that expresses the model
+    experts: str | None = None  # hf: per_expert or fused; '' = what transformers 4 and 5 both open
+    max_shard_bytes: int = 5_000_000_000
+
+
+class Written(NamedTuple):
+    """What a writer has to tell."""
+
+    tensors: dict[str, Stored]  # for the manifest
+    notes: tuple[str, ...] = ()
+
+
+Writer = Callable[[Target, Path, Choices, Progress], Written]
+
+
+def dtype_of(choices: Choices) -> np.dtype | None:
+    """The dtype that weights are rounded to, None = as stored. Raises ConfigError for GGUF's own kinds."""
+    if choices.dtype not in DTYPES:
+        raise ConfigError(
+            f"--dtype {choices.dtype} is for --to gguf only; choose {', '.join(filter(None, DTYPES))}"
+        )
+    return DTYPES[choices.dtype]
+
+
+def write_jaxlm(target: Target, out: Path, choices: Choices, progress: Progress) -> Written:
+    """A model directory in jaxlm's names and layouts."""
+    contents = target.contents
+    plans = stream.cast(contents.tensors, dtype_of(choices))
+    stored = _finite(
+        plans, lambda p: model_dir.write_shards(out, p, "jaxlm", choices.max_shard_bytes, progress)
+    )
+    save(target.config, out / CONFIG)
+    if choices.optimizer and contents.moments is not None:
+        parts = _slots(contents.moments, ("m", "v"), lambda part: stream.cast(part, None))
+        stored |= _write_moments(out, parts, contents.moments.step, "jaxlm", progress)
+    if contents.raw is not None or contents.carried:
+        (out / SOURCE).mkdir()
+        if contents.raw is not None:
+            model_dir.write_json(out / SOURCE / CONFIG, contents.raw)
+        for name, path in contents.carried.items():
+            (out / SOURCE / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, out / SOURCE / name)
+    return Written(stored, _tokenizer_file(target, out, choices))
+
+
+def write_torch(target: Target, out: Path, choices: Choices, progress: Progress) -> Written:
+    """A torchref checkpoint: one model.safetensors with [out, in] weights, which `torchref.checkpoint` opens."""
+    from convert import native
+
+    contents, pairs = target.contents, native.pairs(target.config)
+    plans = stream.there(pairs, contents.tensors, dtype_of(choices))
+    stored = _finite(plans, lambda p: model_dir.write_tensors(out, "model.safetensors", p, "pt", progress))
+    save(target.config, out / CONFIG)
+    if choices.optimizer and contents.moments is not None:
+        parts = _slots(contents.moments, ("exp_avg", "exp_avg_sq"), lambda part: stream.there(pairs, part))
+        stored |= _write_moments(out, parts, contents.moments.step, "pt", progress)
+    return Written(stored, _tokenizer_file(target, out, choices))
+
+
+def write_pt(target: Target, out: Path, choices: Choices, progress: Progress) -> Written:
+    """model.pt, a plain state dict for torchref's decoder, and its config.json."""
+    from convert import native, pt_file
+
+    plans = stream.there(native.pairs(target.config), target.contents.tensors, dtype_of(choices))
+    _finite(plans, lambda p: pt_file.write(out, target.config, {n: stream.array(x) for n, x in p.items()}))
+    return Written({}, _tokenizer_file(target, out, choices))
+
+
+def write_hf(target: Target, out: Path, choices: Choices, progress: Progress) -> Written:
+    """A Hugging Face directory of the family that expresses the model."""
+    from convert import hf
+
+    contents = target.contents
+    tokenizer = _tokenizer(target) if choices.tokenizer and not contents.carried else None
+    written = hf.write(
+        out,
+        target.config,
+        contents.tensors,
+        dtype=dtype_of(choices),
+        family=choices.family,
+        layout=choices.experts,
+        raw=contents.raw,
+        tokenizer=tokenizer,
+        carried=contents.carried if choices.tokenizer else None,
+        max_shard_bytes=choices.max_shard_bytes,
+        progress=progress,
+    )
+    files: dict[str, dict[str, str]] = {}
+    for name, (file, digest) in written.tensors.items():
+        files.setdefault(file, {})[name] = digest
+    stored = {}
+    for file, digests in files.items():
+        stored |= model_dir.stored_of(out, file, digests)
+    missing = () if tokenizer or contents.carried else ("no tokenizer: there is none, or it was left out",)
+    return Written(stored, (*written.notes, *missing))
+
+
+def write_gguf(target: Target, out: Path, choices: Choices, progress: Progress) -> Written:
+    """model.gguf for llama.cpp."""
+    from convert import gguf_file
+
+    kinds = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "q8_0": "q8_0"}
+    stored_as = next(iter(target.contents.tensors.values())).dtype.name
+    kind = kinds.get(choices.dtype or stored_as)
+    if kind is None:
+        raise ConfigError(
+            f"GGUF has no {choices.dtype or stored_as}: choose --dtype float32, float16, bfloat16 or q8_0"
+        )
+    tokenizer = _tokenizer(target) if choices.tokenizer else None
+    if choices.tokenizer and tokenizer is None:
+        raise ConfigError(
+            f"{target.path} has no tokenizer that GGUF could carry; --no-tokenizer writes a file without"
+        )
+    gguf_file.write(
+        out / "model.gguf",
+        target.config,
+        target.contents.tensors,
+        kind=kind,
+        tokenizer=tokenizer,
+        name=target.path.resolve().name,
+        progress=progress,
+    )
+    return Written({})
+
+
+def write_onnx(target: Target, out: Path, choices: Choices, progress: Progress) -> Written:
+    """model.onnx for onnxruntime: prefill and cached step in one graph."""
+    from convert import onnx_graph
+
+    _finite(
+        stream.cast(target.contents.tensors, None),
+        lambda p: [list(plan.pieces()) and None for plan in p.values()],
+    )
+    facts = onnx_graph.write(out, target.decoder.cpu(), dtype=choices.dtype or "float32", progress=progress)
+    save(target.config, out / CONFIG)
+    notes = _tokenizer_file(target, out, choices)
+    return Written({}, (*notes, *facts.get("notes", ())))
+
+
+def write_gptoss(target: Target, out: Path, choices: Choices, progress: Progress) -> Written:
+    """model.pt under gptoss's own parameter names."""
+    from convert import gptoss
+    from convert.optstate import AdamMoments
+
+    contents, moments = target.contents, None
+    if choices.optimizer and contents.moments is not None:
+        read = ({p: t.read() for p, t in part.items()} for part in (contents.moments.m, contents.moments.v))
+        moments = AdamMoments(*read, step=contents.moments.step)
+    step = contents.moments.step if contents.moments is not None else 0
+
+    def write(plans: dict[str, Planned]) -> None:
+        tensors = {name: stream.lazy(plan) for name, plan in plans.items()}
+        gptoss.write(out / "model.pt", target.config, tensors, step=step, moments=moments, progress=progress)
+
+    _finite(stream.cast(contents.tensors, dtype_of(choices)), write)
+    return Written({}, _tokenizer_file(target, out, choices))
+
+
+WRITERS: dict[str, Writer] = {
+    "jaxlm": write_jaxlm,
+    "torch": write_torch,
+    "pt": write_pt,
+    "hf": write_hf,
+    "gguf": write_gguf,
+    "onnx": write_onnx,
+    "gptoss": write_gptoss,
+}
+
+
+def _finite(plans: Mapping[str, Planned], write: Callable[[dict[str, Planned]], Any]) -> Any:
+    """Writes, and refuses what turned out to hold NaN or infinity."""
+    watched, faults = stream.guarded(plans)
+    result = write(watched)
+    if faults:
+        raise InputError("weights that are not finite are not written:\n" + "\n".join(faults))
+    return result
+
+
+def _slots(
+    moments: Moments, names: tuple[str, str], layout: Callable[[Mapping[str, Lazy]], dict[str, Planned]]
+) -> dict[str, Planned]:
+    return {
+        f"{slot}:{path}": planned
+        for slot, part in zip(names, (moments.m, moments.v), strict=True)
+        for path, planned in layout(part).items()
+    }
+
+
+def _write_moments(
+    out: Path, parts: dict[str, Planned], step: int, format: str, progress: Progress
+) -> dict[str, Stored]:
+    stored = _finite(parts, lambda p: model_dir.write_tensors(out, OPTIMIZER, p, format, progress))
+    (out / FACTS).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
+    return stored
+
+
+def _tokenizer(target: Target) -> Any:
+    try:
+        return target.tokenizer
+    except TokenizerError:
+        raise
+    except InputError:
+        return None
+
+
+def _tokenizer_file(target: Target, out: Path, choices: Choices) -> tuple[str, ...]:
+    """Copies tokenizer.json as it is, whoever can read it; notes that there is none."""
+    if not choices.tokenizer:
+        return ()
+    if target.foreign is not None and target.foreign.tokenizer is not None:
+        target.foreign.tokenizer.save(out / "tokenizer.json")
+        return ()
+    found = target.contents.carried.get("tokenizer.json") or target.path / "tokenizer.json"
+    if not found.is_file():
+        return ("no tokenizer: there is no tokenizer.json beside the weights",)
+    shutil.copyfile(found, out / "tokenizer.json")
+    return ()

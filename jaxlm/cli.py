@@ -1,0 +1,118 @@
+"""What the entry points of all packages share: options from dataclasses (tyro), one-line errors, exit codes.
+
+Exit codes: 0 done and right; 1 a check failed; 2 bad input (one line on standard error); 130 interrupted.
+"""
+
+import contextlib
+import errno
+import importlib.util
+import io
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from jaxlm.config import ConfigError, InputError, MeshConfig, nearest
+
+A = TypeVar("A")
+
+
+def say(text: str) -> None:
+    """A line for the person at the terminal; standard output belongs to results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def main_guard(main: Callable[[list[str]], int | None], failures: tuple[type[Exception], ...] = ()) -> None:
+    """Runs an entry point and exits: bad input is one line and 2, one of `failures` 1, an interrupt 130."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        sys.exit(main(sys.argv[1:]) or 0)
+    except InputError as error:
+        fail(str(error))
+    except failures as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+            raise
+        fail(f"{error.filename or 'output'}: {error.strerror}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def fail(message: str) -> None:
+    """Prints one line and exits with 2."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def need(module: str, extra: str = "") -> None:
+    """Ends with one line, exit code 2, where an optional library is missing; extra: the one that brings it."""
+    if importlib.util.find_spec(module) is None:
+        fail(f"this needs {module}, which is not installed: pip install 'jaxlm[{extra or module}]'")
+
+
+def parse(kind: type[A], argv: list[str], prog: str, description: str, default: A | None = None) -> A:
+    """tyro on a dataclass; --help prints and exits 0, everything wrong is one line. Raises ConfigError."""
+    import tyro
+
+    captured = io.StringIO()
+    keywords: dict[str, Any] = {} if default is None else {"default": default}
+    wants_help = bool({"-h", "--help"} & set(argv))
+    try:
+        with contextlib.ExitStack() as stack:
+            if not wants_help:
+                stack.enter_context(contextlib.redirect_stderr(captured))
+                stack.enter_context(contextlib.redirect_stdout(captured))
+            return tyro.cli(
+                kind,
+                args=argv,
+                prog=prog,
+                description=description,
+                registry=_registry(),
+                config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
+                **keywords,
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise ConfigError(_one_line(captured.getvalue())) from None
+
+
+def _registry() -> Any:
+    import tyro
+
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def mesh(info: Any) -> Any:
+        if info.type is not MeshConfig:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="AXIS=N,…",
+            instance_from_str=lambda words: MeshConfig.parse(words[0]),
+            is_instance=lambda value: isinstance(value, MeshConfig),
+            str_from_instance=lambda value: [str(value)],
+        )
+
+    return registry
+
+
+def _one_line(text: str) -> str:
+    """tyro's box as one line: the message, and the nearest option where it knows one."""
+    lines = [re.sub(r"^[│|╭╰+][─ -]?|[│|╮╯+]$", "", line).strip() for line in text.splitlines()]
+    rules = [i for i, line in enumerate(lines) if line and set(line) <= {"─", "-"}]
+    first = 2 if rules[:1] == [1] else 1  # the title stands in the border, or on a ruled line of its own
+    ends = [i for i in rules if i > first]
+    body = [line for line in lines[first : ends[0] if ends else None] if line]
+    message = " ".join(body) or "the command line could not be read"
+    message = re.sub(
+        r"^Error parsing ([\w.-]+): ", lambda m: "" if m[1].startswith("run") else f"{m[1]}: ", message
+    )
+    suggestions = [m[0] for line in lines if (m := re.match(r"--[\w.-]+", line))]
+    unknown = re.findall(r"--[\w.-]+", message) if message.startswith("Unrecognized") else []
+    if unknown:
+        message = f"unknown option {unknown[0]}{nearest(unknown[0], suggestions)}; see --help"
+    return message

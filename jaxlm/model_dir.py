@@ -1,0 +1,282 @@
+"""Model directories, what people pass around: config.json, model-*.safetensors, a tokenizer, and a manifest of hashes.
+
+    with staged(Path("exported")) as directory:      # a hidden directory beside it
+        shards = write_shards(directory, tensors, "jaxlm")
+        write_manifest(directory, "jaxlm", shards)   # flushed and renamed into place when the block ends well
+
+The manifest holds a SHA-256 for every tensor, for what else is in its file, for every other file, and for itself;
+`verify` computes them again and names what has changed.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxlm.config import InputError
+from jaxlm.tensor_file import NAMES, Planned, read_header, write_file
+
+MANIFEST, INDEX, CONFIG = "manifest.json", "model.safetensors.index.json", "config.json"
+SCHEMA = 1
+_CHUNK = 16 << 20  # bytes read at once
+_PARTIAL = ".partial-"
+Progress = Callable[[int], None]  # is told how many bytes more are done
+
+
+class ModelDirError(InputError):
+    """A model directory that cannot be read or written; one line per fault."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies, and the hash of its bytes."""
+
+    file: str  # relative to the directory
+    dtype: str  # as safetensors spells it; other formats, their own name
+    shape: tuple[int, ...]
+    offset: int  # of its first byte in the file
+    nbytes: int
+    sha256: str
+
+
+@contextlib.contextmanager
+def staged(destination: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A new directory beside `destination`, renamed to it when the block ends without an error, else removed.
+
+    Everything is flushed to the disk before the rename: a directory under its final name is whole. `overwrite` puts it
+    in the place of an old one, which is kept until the new one stands.
+
+    Raises:
+        ModelDirError: something is there already and `overwrite` is off, or the place cannot be written to.
+    """
+    destination = Path(destination).absolute()
+    if os.path.lexists(destination) and not overwrite:
+        empty = destination.is_dir() and not any(destination.iterdir())
+        if not empty:
+            raise ModelDirError(f"{destination} is there already; choose another name, or pass --overwrite")
+    staging = destination.with_name(f".{destination.name}{_PARTIAL}{os.getpid()}")
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(destination)
+        staging.mkdir()
+    except OSError as error:
+        raise ModelDirError(f"{error.filename or destination}: {error.strerror}") from None
+    try:
+        yield staging
+        flush(staging)
+        _put_in_place(staging, destination)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _remove_stale(destination: Path) -> None:
+    """Removes what a killed process left half-written under this name."""
+    for left in destination.parent.glob(f".{destination.name}{_PARTIAL}*"):
+        pid = left.name.rpartition("-")[2]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _put_in_place(staging: Path, destination: Path) -> None:
+    old = None
+    if os.path.lexists(destination):
+        old = destination.with_name(f".{destination.name}.old-{os.getpid()}")
+        os.rename(destination, old)
+    try:
+        os.rename(staging, destination)
+    except OSError:
+        if old is not None:
+            os.rename(old, destination)
+        raise
+    _flush_directory(destination.parent)
+    if old is not None:
+        shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+
+
+def flush(directory: Path) -> None:
+    """Brings every file and directory below to the disk."""
+    for folder, _, files in os.walk(directory):
+        for name in files:
+            with open(os.path.join(folder, name), "rb") as file:
+                os.fsync(file.fileno())
+        _flush_directory(Path(folder))
+
+
+def _flush_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def plan_shards(tensors: Mapping[str, Planned], max_bytes: int) -> dict[str, dict[str, Planned]]:
+    """Tensors by file, in their order, each file at most `max_bytes` (a larger tensor has one of its own)."""
+    groups: list[dict[str, Planned]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if groups[-1] and size + tensor.nbytes > max_bytes:
+            groups.append({})
+            size = 0
+        groups[-1][name] = tensor
+        size += tensor.nbytes
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i + 1:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups)}
+
+
+def write_shards(
+    directory: Path,
+    tensors: Mapping[str, Planned],
+    format: str,
+    max_bytes: int = 5_000_000_000,
+    progress: Progress = lambda n: None,
+) -> dict[str, Stored]:
+    """Writes tensors as model.safetensors, or as shards with an index; `format` stands in each file's metadata."""
+    shards = plan_shards(tensors, max_bytes)
+    stored: dict[str, Stored] = {}
+    for file, group in shards.items():
+        stored |= write_tensors(directory, file, group, format, progress)
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": {n: s.file for n, s in stored.items()}}
+        write_json(directory / INDEX, index)
+    return stored
+
+
+def write_tensors(
+    directory: Path,
+    file: str,
+    tensors: Mapping[str, Planned],
+    format: str,
+    progress: Progress = lambda n: None,
+) -> dict[str, Stored]:
+    """Writes one safetensors file of a directory."""
+    start, digests = write_file(directory / file, tensors, {"format": format}, progress)
+    stored, offset = {}, start
+    for name, tensor in tensors.items():
+        stored[name] = Stored(file, NAMES[tensor.dtype], tensor.shape, offset, tensor.nbytes, digests[name])
+        offset += tensor.nbytes
+    return stored
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file as people read it."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_manifest(
+    directory: Path, format: str, tensors: Mapping[str, Stored], facts: Mapping[str, Any] | None = None
+) -> None:
+    """Writes manifest.json over everything in the directory; call it last. `facts`: more that should be remembered."""
+    files = {}
+    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+        name = path.relative_to(directory).as_posix()
+        within = [(s.offset, s.nbytes) for s in tensors.values() if s.file == name]
+        files[name] = {"bytes": path.stat().st_size, "sha256": _hash_around(path, within)}
+    body = {
+        "schema": SCHEMA,
+        "format": format,
+        "created_by": f"jaxlm {_version()}",
+        **(facts or {}),
+        "files": files,
+        "tensors": {name: asdict(stored) for name, stored in tensors.items()},
+    }
+    write_json(directory / MANIFEST, body | {"sha256": _digest_of(body)})
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """The manifest, None where there is none. Raises ModelDirError on one that was changed, or of another schema."""
+    path = Path(directory) / MANIFEST
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+        digest = body.pop("sha256")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelDirError(f"{path}: cannot be read ({type(error).__name__})") from None
+    if _digest_of(body) != digest:
+        raise ModelDirError(f"{path}: has changed since it was written (its own SHA-256 differs)")
+    if body.get("schema") != SCHEMA:
+        raise ModelDirError(f"{path}: has schema {body.get('schema')}; this version reads {SCHEMA}")
+    return body
+
+
+def verify(directory: Path, progress: Progress = lambda n: None) -> tuple[list[str], int]:
+    """Every difference from the manifest, a line each, and the number of tensors that were hashed.
+
+    Raises ModelDirError where there is no manifest, or a damaged one.
+    """
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    if manifest is None:
+        raise ModelDirError(f"{directory}: has no {MANIFEST}, so there is nothing to verify against")
+    problems = []
+    for name, facts in manifest["files"].items():
+        path = directory / name
+        tensors = {n: t for n, t in manifest["tensors"].items() if t["file"] == name}
+        if not path.is_file():
+            problems.append(
+                f"{name}: missing" + (f", and its {len(tensors)} tensors with it" if tensors else "")
+            )
+            continue
+        if (size := path.stat().st_size) != facts["bytes"]:
+            problems.append(f"{name}: has {size} bytes instead of {facts['bytes']}")
+        problems += [
+            f"{tensor}: its bytes in {name} have changed (SHA-256 differs)"
+            for tensor, t in tensors.items()
+            if _hash_range(path, t["offset"], t["nbytes"], progress) != t["sha256"]
+        ]
+        within = [(t["offset"], t["nbytes"]) for t in tensors.values()]
+        if size == facts["bytes"] and _hash_around(path, within) != facts["sha256"]:
+            what = "its header has changed" if tensors else "has changed"
+            problems.append(f"{name}: {what} (SHA-256 differs)")
+    return problems, len(manifest["tensors"])
+
+
+def _hash_range(path: Path, offset: int, nbytes: int, progress: Progress = lambda n: None) -> str:
+    total = hashlib.sha256()
+    with open(path, "rb") as file:
+        file.seek(offset)
+        while nbytes > 0 and (piece := file.read(min(_CHUNK, nbytes))):
+            total.update(piece)
+            progress(len(piece))
+            nbytes -= len(piece)
+    return total.hexdigest()
+
+
+def _hash_around(path: Path, within: list[tuple[int, int]]) -> str:
+    """SHA-256 of a file without the given ranges (offset, bytes)."""
+    total, end = hashlib.sha256(), path.stat().st_size
+    with open(path, "rb") as file:
+        for offset, nbytes in [*sorted(within), (end, 0)]:
+            while (left := offset - file.tell()) > 0 and (piece := file.read(min(_CHUNK, left))):
+                total.update(piece)
+            file.seek(max(offset, file.tell()) + nbytes)
+    return total.hexdigest()
+
+
+def _digest_of(body: Any) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("jaxlm")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def stored_of(directory: Path, file: str, digests: Mapping[str, str]) -> dict[str, Stored]:
+    """What `write_manifest` wants of a safetensors file that was written elsewhere, by its tensors' hashes."""
+    stored = {}
+    for name, (dtype, shape, offset) in read_header(directory / file).tensors.items():
+        planned = Planned(shape, dtype, tuple)
+        stored[name] = Stored(file, NAMES[dtype], shape, offset, planned.nbytes, digests[name])
+    return stored

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from convert import stream
+from convert.parity.limits import LIMITS
 from convert.targets import Target, open_target
 from jaxlm.config import ConfigError, ModelConfig
 from jaxlm.count import param_count
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 RUNGS = ("config", "tree", "activations", "loss", "gradients")
 LENGTH = 131  # positions of the compared batch
 _COPIES = 8  # of the weights in float64 that the comparison holds at its height
-ONNX_LIMIT = 2e-6  # float32 logits in onnxruntime against PyTorch in float64, relative; measured up to 8e-7
 
 
 def require_memory(config: ModelConfig) -> None:
@@ -72,9 +72,10 @@ def compare_onnx(target: Target, result: Path, seed: int = 0) -> tuple[bool, str
         float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
         for found in (whole, np.concatenate(parts, axis=1))
     ]
-    passed = all(error <= ONNX_LIMIT for error in errors)
+    limit = LIMITS["float32_onnx"].value
+    passed = all(error <= limit for error in errors)
     verdict = "agree" if passed else "DISAGREE"
     return passed, (
         f"float64 PyTorch and onnxruntime {verdict}: prefill {errors[0]:.1e}, {length - cut} cached steps "
-        f"{errors[1]:.1e}, limit {ONNX_LIMIT:.0e}"
+        f"{errors[1]:.1e}, limit {limit:.0e}"
     )

@@ -312,9 +312,10 @@ def _of_jaxlm(path: Path, config: ModelConfig) -> Contents:
     from convert.rules import SAME, Pair, require
     from jaxlm.model import abstract_model
 
+    tensors = open_weights(path)
+    _require_layers(config, len(tensors), path)
     shapes = {name: tuple(s.shape) for name, s in abstract_model(config).shapes.items()}
     same = [Pair(name, shape, name, SAME) for name, shape in shapes.items()]
-    tensors = open_weights(path)
     require(same, tensors)
     moments = _stored_moments(path, {"m": "m", "v": "v"}, lambda part: (require(same, part), part)[1])
     folder = path / SOURCE
@@ -326,13 +327,23 @@ def _of_jaxlm(path: Path, config: ModelConfig) -> Contents:
 def _of_torch(path: Path, config: ModelConfig) -> Contents:
     from convert import native, stream
 
+    stored = open_weights(path)
+    _require_layers(config, len(stored), path)
     pairs = native.pairs(config)
 
     def ours(part: Mapping[str, Lazy]) -> dict[str, Lazy]:
         return {name: stream.lazy(planned, str(path)) for name, planned in stream.here(pairs, part).items()}
 
-    tensors = ours(open_weights(path))
+    tensors = ours(stored)
     return Contents(tensors, _stored_moments(path, {"m": "exp_avg", "v": "exp_avg_sq"}, ours))
+
+
+def _require_layers(config: ModelConfig, count: int, path: Path) -> None:
+    """Refuses a count of layers that the files cannot fill, before a model of that size is thought of."""
+    if config.n_layers > count:
+        raise TargetError(
+            f"{path / CONFIG}: n_layers={config.n_layers}, but the files hold {count} tensors in all"
+        )
 
 
 def _stored_moments(path: Path, slots: dict[str, str], ours: Any) -> Moments | None:

@@ -112,14 +112,14 @@ def write_hf(target: Target, out: Path, choices: Choices, progress: Progress) ->
     from convert import hf
 
     contents = target.contents
-    tokenizer = _tokenizer(target) if choices.tokenizer and not contents.carried else None
+    tokenizer = _tokenizer(target) if choices.tokenizer and "tokenizer.json" not in contents.carried else None
     written = hf.write(
         out,
         target.config,
         contents.tensors,
         dtype=dtype_of(choices),
         family=choices.family,
-        layout=choices.experts,
+        layout=choices.experts,  # type: ignore[arg-type]
         raw=contents.raw,
         tokenizer=tokenizer,
         carried=contents.carried if choices.tokenizer else None,
@@ -132,7 +132,8 @@ def write_hf(target: Target, out: Path, choices: Choices, progress: Progress) ->
     stored = {}
     for file, digests in files.items():
         stored |= model_dir.stored_of(out, file, digests)
-    missing = () if tokenizer or contents.carried else ("no tokenizer: there is none, or it was left out",)
+    lacking = choices.tokenizer and tokenizer is None and "tokenizer.json" not in contents.carried
+    missing = ("no tokenizer: there is no tokenizer.json beside the weights",) if lacking else ()
     return Written(stored, (*written.notes, *missing))
 
 
@@ -156,7 +157,7 @@ def write_gguf(target: Target, out: Path, choices: Choices, progress: Progress) 
         out / "model.gguf",
         target.config,
         target.contents.tensors,
-        kind=kind,
+        kind=kind,  # type: ignore[arg-type]
         tokenizer=tokenizer,
         name=target.path.resolve().name,
         progress=progress,
@@ -181,17 +182,15 @@ def write_onnx(target: Target, out: Path, choices: Choices, progress: Progress) 
 def write_gptoss(target: Target, out: Path, choices: Choices, progress: Progress) -> Written:
     """model.pt under gptoss's own parameter names."""
     from convert import gptoss
-    from convert.optstate import AdamMoments
 
-    contents, moments = target.contents, None
-    if choices.optimizer and contents.moments is not None:
-        read = ({p: t.read() for p, t in part.items()} for part in (contents.moments.m, contents.moments.v))
-        moments = AdamMoments(*read, step=contents.moments.step)
+    contents = target.contents
+    moments = contents.moments if choices.optimizer else None
     step = contents.moments.step if contents.moments is not None else 0
 
     def write(plans: dict[str, Planned]) -> None:
         tensors = {name: stream.lazy(plan) for name, plan in plans.items()}
-        gptoss.write(out / "model.pt", target.config, tensors, step=step, moments=moments, progress=progress)
+        path = out / "model.pt"
+        gptoss.write(path, target.config, tensors, step=step, moments=moments, progress=progress)
 
     _finite(stream.cast(contents.tensors, dtype_of(choices)), write)
     return Written({}, _tokenizer_file(target, out, choices))

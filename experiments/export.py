@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from experiments.cli import main_guard, need, parse, say
 from convert.targets import open_target
+from experiments.cli import main_guard, need, parse, say
 from jaxlm.config import ModelConfig
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from experiments.cli import need, say
 from convert.targets import TORCH_CHECKPOINTS
+from experiments.cli import need, say
 from jaxlm.config import RunConfig
 from jaxlm.run_dir import RunDir
 

@@ -18,8 +18,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from experiments.cli import main_guard, parse, say
 from convert.targets import Target, open_target
+from experiments.cli import main_guard, parse, say
 from jaxlm.config import ConfigError, InputError
 from jaxlm.tokenizer import Tokenizer
 

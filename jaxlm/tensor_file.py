@@ -12,6 +12,7 @@ import mmap
 import os
 import queue
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,7 +128,7 @@ def read_header(path: Path) -> Header:
         try:
             dtype, shape, start, end = _entry(entry)
         except ValueError as error:
-            problems.append(f"{name}: {error}")
+            problems.append(f"{shown(name)}: {error}")
             continue
         tensors[name] = (dtype, shape, 8 + length + start)
         spans.append((start, end, name))
@@ -138,28 +139,37 @@ def read_header(path: Path) -> Header:
     return Header(tensors, metadata)
 
 
+class _Object(dict[str, Any]):
+    """A JSON object that remembers which of its keys stood twice."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]):
+        super().__init__(pairs)
+        counts = Counter(key for key, _ in pairs) if len(self) < len(pairs) else {}
+        self.twice = [key for key, count in counts.items() if count > 1]
+
+
 def _parse(raw: bytes) -> tuple[dict[str, Any], dict[str, str], list[str]]:
-    """Entries, metadata, and the keys that stand twice, at any depth of the header."""
-    twice: list[str] = []
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        seen: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in seen:
-                twice.append(f"{key}: stands twice in the header")
-            seen[key] = value
-        return seen
-
+    """Entries, metadata, and the keys that stand twice, at the top or in an entry."""
     try:
-        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_Object)
+    except (ValueError, RecursionError) as error:
         return {}, {}, [f"not a safetensors file: its header is not JSON ({type(error).__name__})"]
-    if not isinstance(entries, dict):
+    if not isinstance(entries, _Object):
         return {}, {}, ["not a safetensors file: its header is not an object"]
-    metadata = entries.pop("__metadata__", None) or {}
+    problems = [f"{shown(key)}: stands twice in the header" for key in entries.twice]
+    for name, entry in entries.items():
+        if isinstance(entry, _Object):
+            problems += [f"{shown(name)}: {shown(key)} stands twice in its entry" for key in entry.twice]
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        return {}, {}, ["__metadata__: must be an object of strings"]
-    return entries, metadata, twice
+        return {}, {}, [*problems, "__metadata__: must be an object of strings"]
+    return entries, metadata, problems
+
+
+def shown(name: str) -> str:
+    """A name from a file as it can be printed: on one line, without control characters."""
+    return repr(name)[1:-1][:200]
 
 
 def _entry(entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
@@ -168,15 +178,17 @@ def _entry(entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
         raise ValueError("needs dtype, shape and data_offsets")
     dtype, shape, offsets = DTYPES.get(str(entry["dtype"])), entry["shape"], entry["data_offsets"]
     if dtype is None:
-        raise ValueError(f"dtype {entry['dtype']!r} is unknown; known are {', '.join(DTYPES)}")
+        raise ValueError(f"dtype {repr(entry['dtype'])[:40]} is unknown; known are {', '.join(DTYPES)}")
     for what, numbers in (("shape", shape), ("data_offsets", offsets)):
         if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
             raise ValueError(f"{what} {str(numbers)[:80]} must be a list of counts")
-    if len(offsets) != 2 or len(shape) > 32:
-        raise ValueError(f"{len(shape)} axes and {len(offsets)} offsets; at most 32 axes, exactly 2 offsets")
+    if len(offsets) != 2 or len(shape) > 64:
+        raise ValueError(f"{len(shape)} axes and {len(offsets)} offsets; at most 64 axes, exactly 2 offsets")
     need, have = math.prod(shape) * dtype.itemsize, offsets[1] - offsets[0]
     if need != have:
         raise ValueError(f"{entry['dtype']}{shape} needs {need} bytes, data_offsets give {have}")
+    if math.prod(n for n in shape if n) >= 2**62:  # numpy overflows even where another axis is 0
+        raise ValueError(f"shape {str(shape)[:80]} is larger than any array")
     return dtype, tuple(shape), offsets[0], offsets[1]
 
 
@@ -186,7 +198,7 @@ def _gaps(spans: list[tuple[int, int, str]], size: int) -> list[str]:
     for start, stop, name in spans:
         if start != end and (start, stop) != (start, start):
             what = "overlaps the tensor before it" if start < end else f"leaves {start - end} bytes before it"
-            problems.append(f"{name}: {what}")
+            problems.append(f"{shown(name)}: {what}")
         end = max(end, stop)
     if end > size:
         problems.append(f"truncated: the tensors end at byte {end} of the data, the file has {size}")

@@ -26,10 +26,11 @@ _END_OF_TEXT = "<|endoftext|>"  # how the published encodings name their only se
 _UNUSED = "<|unused_{}|>"
 
 # Alternatives in the manner of GPT-4: contractions; a word with one leading non-letter; up to three digits; punctuation
-# with the line ends after it; white space at the end of the text; up to the last line end; all but the last one; one.
+# with the line ends after it; white space up to the last line end; all of it but the last character; the rest. The same
+# splitting as Llama 3's, so that a tokenizer trained here can also be expressed where only named patterns are known.
 PATTERN = (
     r"'(?:[sdmtSDMT]|[lL][lL]|[vV][eE]|[rR][eE])|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*+"
-    r"|\s++\z|\s*[\r\n]|\s+(?!\S)|\s"
+    r"|\s*[\r\n]++|\s+(?!\S)|\s++"
 )
 _GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++\z|\s+(?!\S)|\s"
 

@@ -22,6 +22,21 @@ GATES: dict[str, Gate] = {
     "f64_delta": Gate(*LIMITS["float64_delta"]),
     "f64_mesh": Gate(1e-12, "float64 on any mesh against one device: sums are reordered, measured 1.5e-15"),
     "f64_transformers": Gate(1e-12, "float64 against patched transformers: measured 1e-15 to 1.1e-14"),
+    "f64_gptoss": Gate(
+        1e-12, "float64 against the transcribed formulas, sums in another order: measured 5e-16"
+    ),
+    "f64_gptoss_state": Gate(
+        1e-11, "float64 weights and moments after one AdamW step, which divides by sqrt(v): measured 9e-16"
+    ),
+    "f64_peft": Gate(1e-12, "float64 against peft, factors multiplied in another order: measured 1.4e-13"),
+    "f32_onnx": Gate(*LIMITS["float32_onnx"]),
+    "f32_transformers": Gate(2e-6, "float32 logits of transformers against torchref in float64, as f32_onnx"),
+    "f32_llama_cpp": Gate(1e-6, "llama.cpp in float32 against float64: measured 1.2e-7 to 3.8e-7"),
+    "f16_llama_cpp": Gate(2e-3, "llama.cpp on F16 weights, activations rounded too: measured 4e-4"),
+    "bf16_llama_cpp": Gate(2e-2, "llama.cpp on BF16 weights, activations rounded too: measured 3.3e-3"),
+    "q8_0_llama_cpp": Gate(
+        3e-2, "llama.cpp on Q8_0, activations rounded to 8 bits per block: measured 1.2e-2"
+    ),
     "f64_accumulation": Gate(
         1e-12, "float64 micro-batches against the full batch: sums are reordered, nothing else"
     ),

@@ -44,6 +44,9 @@ LIMITS: dict[str, Limit] = {
     ),
     "bfloat16_whole": Limit(1.5, "whole logits and whole gradient in bfloat16: measured 0.9 to 1.1"),
     "float32_loss": Limit(5e-7, "loss in float32 against float64: one or two units of float32"),
+    "float32_onnx": Limit(
+        2e-6, "float32 logits in onnxruntime against float64: measured 1.7e-7, 9.7e-7 at fan-in weights"
+    ),
     "bfloat16_loss": Limit(1e-2, "loss in bfloat16 against float64: one unit of bfloat16 is 4e-3"),
     "float32_kl": Limit(1e-9, "largest KL divergence of a token in nats, float32: measured 1e-12"),
     "bfloat16_kl": Limit(

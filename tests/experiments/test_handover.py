@@ -13,8 +13,8 @@ from entry import SMALL, SMALL_MOE, run, sentences  # noqa: E402
 from helpers import assert_close, relative_error  # noqa: E402
 from tolerances import tolerance  # noqa: E402
 
-from experiments import pretrain  # noqa: E402
 from convert.targets import open_target  # noqa: E402
+from experiments import pretrain  # noqa: E402
 from jaxlm.checkpoint import Checkpoints  # noqa: E402
 from jaxlm.metrics import read_metrics  # noqa: E402
 from jaxlm.run_dir import RunDir  # noqa: E402

@@ -13,8 +13,8 @@ torch = pytest.importorskip("torch")
 from helpers import tiny  # noqa: E402
 
 from convert.native import export_torch  # noqa: E402
-from experiments import sample  # noqa: E402
 from convert.targets import open_target  # noqa: E402
+from experiments import sample  # noqa: E402
 from jaxlm.checkpoint import Checkpoints  # noqa: E402
 from jaxlm.config import ConfigError, InputError, RunConfig, TrainConfig, save  # noqa: E402
 from jaxlm.run_dir import RunDir  # noqa: E402

@@ -89,6 +89,46 @@ def test_both_libraries_agree_on_the_standard_library(tmp_path):
     assert tokenizer.n_unused == 0
 
 
+LLAMA3_PATTERN = (  # as Llama 3's own file has it, its contractions spelled out
+    r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+FORMER_PATTERN = PATTERN.replace(r"|\s*[\r\n]++|\s+(?!\S)|\s++", r"|\s++\z|\s*[\r\n]|\s+(?!\S)|\s")
+
+
+@settings(max_examples=200, deadline=None)
+@given(TEXT)
+@example("a \n  b\n\n  ")
+@example(" \r\n \t\n")
+@example("x  \u3000\n\x1c ")
+def test_the_default_pattern_splits_as_llama3s(text):
+    """Piece by piece, so that it has a name wherever patterns are known by name only."""
+
+    def pieces(pattern):
+        split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+        return [piece for piece, _ in split.pre_tokenize_str(text)]
+
+    assert pieces(PATTERN) == pieces(LLAMA3_PATTERN)
+
+
+def test_files_with_the_former_pattern_keep_their_ids(tokenizer, tmp_path):
+    """The pattern is in the file: it kept line ends and the spaces after them together at the end of a text."""
+    assert FORMER_PATTERN != PATTERN
+    ranks = {bytes([b]): b for b in range(256)} | {b"\n ": 256}
+    former = Tokenizer(FORMER_PATTERN, ranks, {"<|eos|>": 257})
+    former.save(tmp_path / "t.json")
+    loaded = open_tokenizer(str(tmp_path / "t.json"))
+    assert loaded.fingerprint() == former.fingerprint()
+    assert loaded.encode("a\n ") == [97, 256]
+    assert Tokenizer(PATTERN, ranks, {"<|eos|>": 257}).encode("a\n ") == [97, 10, 32]
+
+
+def test_half_a_million_white_space_characters_are_encoded(tokenizer):
+    """The most that is allowed, wherever the pattern may look for their end."""
+    for text in ("a" + " " * 499_999 + "b", " " * 500_000, "\n" * 499_999 + " ", " \n" * 250_000):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
 @settings(max_examples=100, deadline=None)
 @given(TEXT, st.integers(1, 20))
 @example("foo_\nx = _\n", 1)

@@ -1,0 +1,173 @@
+"""Hugging Face's safetensors files: one file, or shards with an index. Nothing is read before it is needed."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePath, PureWindowsPath
+from typing import Any
+
+import numpy as np
+
+from convert.hf.families import INERT_TENSORS
+from convert.rules import ConversionError, Pair, problems_of
+from jaxlm.config import ModelConfig
+from jaxlm.tensor_file import Lazy, Planned, TensorFileError, blocks, open_file
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that holds one JSON object. Raises ConversionError in one line, for a key that stands twice too."""
+    twice: list[str] = []
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        twice.extend(key for key in dict.fromkeys(keys) if keys.count(key) > 1)
+        return dict(pairs)
+
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except OSError as error:
+        raise ConversionError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConversionError(f"{path}: not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ConversionError(f"{path}: must hold an object, not {type(values).__name__}")
+    if twice:
+        raise ConversionError("\n".join(f"{path}: {key} stands twice" for key in twice))
+    return values
+
+
+def open_checkpoint(directory: Path) -> dict[str, Lazy]:
+    """Every tensor of model.safetensors, or of the shards that its index names, unread.
+
+    Raises:
+        ConversionError: everything that is wrong, a line each: no safetensors file, a shard that is missing, damaged
+            or outside the directory, a tensor that is not where the index says, or is in two shards.
+    """
+    directory = Path(directory)
+    single, index = directory / SINGLE, directory / INDEX
+    if single.is_file():
+        return open_file(single)
+    if index.is_file():
+        return _open_shards(directory, read_json(index).get("weight_map"))
+    if not directory.is_dir():
+        raise ConversionError(f"{directory}: no such directory")
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
+    if pickles:
+        raise ConversionError(
+            f"{directory}: {pickles[0]} is a pickle, which can run code when it is opened and is not read; save the "
+            "model as safetensors: model.save_pretrained(DIR, safe_serialization=True)"
+        )
+    raise ConversionError(f"{directory}: holds neither {SINGLE} nor {INDEX}")
+
+
+def _open_shards(directory: Path, weight_map: Any) -> dict[str, Lazy]:
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ConversionError(
+            f"{directory / INDEX}: weight_map must be an object of tensor names and file names"
+        )
+    problems: list[str] = []
+    shards: dict[str, dict[str, Lazy]] = {}
+    for file in sorted(set(weight_map.values())):
+        if not _plain(file):
+            problems.append(f"{INDEX}: {file!r} is not the name of a file in this directory")
+            continue
+        try:
+            shards[file] = open_file(directory / file)
+        except TensorFileError as error:
+            problems.append(str(error))
+    tensors: dict[str, Lazy] = {}
+    for name, file in weight_map.items():
+        if file in shards and name not in shards[file]:
+            problems.append(f"{name}: {INDEX} says it is in {file}, which does not hold it")
+        elif file in shards:
+            tensors[name] = shards[file][name]
+    for file, shard in shards.items():
+        for name in shard:
+            if name not in weight_map:
+                problems.append(f"{name}: is in {file}, but {INDEX} does not name it")
+            elif weight_map[name] != file:
+                problems.append(f"{name}: is in {file} too, {INDEX} says {weight_map[name]}")
+    if problems:
+        raise ConversionError("\n".join(problems))
+    return tensors
+
+
+def _plain(name: str) -> bool:
+    return name not in ("", ".", "..") and PurePath(name).name == name and PureWindowsPath(name).name == name
+
+
+def usable(
+    config: ModelConfig, pairs: list[Pair], tensors: Mapping[str, Lazy], vocab_size_from: str = "config.json"
+) -> dict[str, Lazy]:
+    """The tensors that a table takes: without old buffers, and without a stored head that is the embedding again.
+
+    Raises:
+        ConversionError: everything that is wrong, a line each: missing, misshapen and unknown tensors, rows that the
+            vocabulary does not have, a tied head that differs, numbers that are no weights.
+    """
+    kept = {name: tensor for name, tensor in tensors.items() if not INERT_TENSORS.fullmatch(name)}
+    problems = [
+        f"{name}: holds {tensor.dtype}, which is no floating-point weight"
+        for name, tensor in kept.items()
+        if tensor.dtype.kind in "iub"
+    ]
+    padded = [
+        f"{name}: has {kept[name].shape[0]} rows, {vocab_size_from} says vocab_size={config.vocab_size}"
+        for name in (_EMBEDDING, _HEAD)
+        if name in kept and len(kept[name].shape) == 2 and kept[name].shape[0] != config.vocab_size
+    ]
+    problems += padded
+    if config.tied and _HEAD in kept:
+        head = kept.pop(_HEAD)
+        if not padded and _EMBEDDING in kept and not _same_bits(head, kept[_EMBEDDING]):
+            problems.append(
+                f"{_HEAD}: differs from {_EMBEDDING}, though config.json says tie_word_embeddings=true"
+            )
+    told = {line.partition(":")[0] for line in padded}
+    problems += [p for p in problems_of(pairs, kept, inverse=True) if p.partition(" ")[0] not in told]
+    if problems:
+        raise ConversionError("\n".join(problems))
+    return kept
+
+
+def _same_bits(one: Lazy, other: Lazy) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    pieces = zip(blocks(one.read()), blocks(other.read()), strict=True)
+    return all(np.array_equal(a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8)) for a, b in pieces)
+
+
+def plan_shards(planned: Mapping[str, Planned], max_bytes: int) -> dict[str, dict[str, Planned]]:
+    """Tensors by the file they go to, in order, none over `max_bytes` unless one tensor alone is larger."""
+    if max_bytes < 1:
+        raise ConversionError(f"max_shard_bytes={max_bytes} must be positive")
+    shards: list[dict[str, Planned]] = [{}]
+    size = 0
+    for name, tensor in planned.items():
+        if shards[-1] and size + tensor.nbytes > max_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def index_json(shards: Mapping[str, Mapping[str, Planned]]) -> dict[str, Any]:
+    """The index of several shards."""
+    total = sum(tensor.nbytes for shard in shards.values() for tensor in shard.values())
+    return {
+        "metadata": {"total_size": total},
+        "weight_map": {name: file for file, shard in shards.items() for name in shard},
+    }
+
+
+def common_dtype(tensors: Iterable[Planned]) -> np.dtype:
+    """The dtype that most bytes are in."""
+    sizes: dict[np.dtype, int] = {}
+    for tensor in tensors:
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype])

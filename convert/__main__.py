@@ -3,6 +3,7 @@
     python -m convert inspect TARGET                what it holds, and what it can become
     python -m convert import SRC DST                Hugging Face, GGUF, gptoss .pt, torchref -> a jaxlm directory
     python -m convert export TARGET --to hf DST     also torch, pt, gguf, onnx, gptoss, jaxlm
+    python -m convert import PEFT DST --base TARGET a LoRA adapter by peft; export ADAPTER --to peft DST is the way back
     python -m convert verify DIR                    every tensor against the manifest's hashes
 
 TARGET is a run, a model directory (jaxlm, torchref, Hugging Face), a .gguf or a gptoss .pt file. DST appears when it is
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -26,6 +27,9 @@ from jaxlm import model_dir
 from jaxlm.cli import main_guard, need, parse, say
 from jaxlm.config import ConfigError, InputError, nearest, to_dict
 from jaxlm.count import param_count
+
+if TYPE_CHECKING:
+    from convert.adapters import OpenedAdapter
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,11 @@ class Common:
 class ImportOptions(Common):
     """Options of import."""
 
-    source: Annotated[str, tyro.conf.Positional] = ""  # Hugging Face or torchref directory, .gguf, gptoss .pt
+    source: Annotated[str, tyro.conf.Positional] = (
+        ""  # Hugging Face, torchref or peft directory, .gguf, gptoss .pt
+    )
     destination: Annotated[str, tyro.conf.Positional] = ""  # the new jaxlm directory
+    base: str = ""  # of an adapter by peft: the model that it belongs to
 
 
 @dataclass(frozen=True)
@@ -64,11 +71,12 @@ class ExportOptions(Common):
 
     target: Annotated[str, tyro.conf.Positional] = ""  # run, model directory or file
     destination: Annotated[str, tyro.conf.Positional] = ""  # the new directory
-    to: Format | Literal[""] = ""  # the format
+    to: Format | Literal["peft", ""] = ""  # the format; peft is for adapters
+    adapter: str = ""  # merge this LoRA adapter, ours or peft's, into the weights first
     checkpoint: Literal["latest", "best"] = "latest"  # of a run
     family: str = ""  # hf: llama, mistral, mixtral, qwen2, …; '' = the first that computes the same
     experts: Literal["", "per_expert", "fused"] = (
-        ""  # hf: '' = the layout that transformers 4 and 5 both open
+        ""  # '' = hf: per_expert, for transformers 4 and 5; peft: fused
     )
 
 
@@ -107,6 +115,15 @@ def import_model(options: ImportOptions) -> int:
     _require_paths("import SRC DST", options.source, options.destination)
     if options.dtype == "q8_0":
         raise ConfigError("--dtype q8_0 is for --to gguf only; choose float32, bfloat16, float16 or float64")
+    from convert import adapters
+
+    if adapters.is_peft(Path(options.source)):
+        opened = adapters.open_adapter(
+            Path(options.source), open_target(options.base) if options.base else None
+        )
+        return _write_adapter(
+            opened, options, "jaxlm-adapter", lambda out, p: adapters.write_ours(opened, out, p)
+        )
     target = open_target(options.source, optimizer=options.optimizer)
     if options.dry_run:
         return _report(target, key_report.source_table(target), inverse=True)
@@ -117,8 +134,18 @@ def export_model(options: ExportOptions) -> int:
     """Writes a model in another format, ready for the tools that read it."""
     _require_paths("export TARGET --to FORMAT DST", options.target, options.destination)
     if not options.to:
-        raise ConfigError(f"name the format: --to {', '.join(WRITERS)}")
+        raise ConfigError(f"name the format: --to {', '.join(WRITERS)}, peft")
+    from convert import adapters
+
+    if options.to == "peft":
+        opened = adapters.open_adapter(Path(options.target))
+        layout = options.experts or "fused"
+        return _write_adapter(
+            opened, options, "peft", lambda out, p: adapters.write_peft(opened, out, layout, p)
+        )
     target = open_target(options.target, options.checkpoint, options.optimizer)
+    if options.adapter:
+        target = adapters.merged(target, adapters.open_adapter(Path(options.adapter), target))
     choices = options.choices(family=options.family or None, experts=options.experts or None)
     if options.dry_run:
         pairs = key_report.table(options.to, target.config, choices.family, choices.experts)
@@ -201,6 +228,27 @@ def _write(target: Target, format: str, options: Common, choices: Choices) -> in
     for note in (*contents.notes, *written.notes):
         say(f"note: {note}")
     say(f"written to {destination}: {total / 1e9:.3g} GB of weights in {seconds:.1f} s")
+    return 0
+
+
+def _write_adapter(
+    opened: "OpenedAdapter",
+    options: Common,
+    format: str,
+    write: Callable[[Path, model_dir.Progress], dict[str, model_dir.Stored]],
+) -> int:
+    """Writes an adapter, or lists its factors."""
+    if options.parity or options.dtype:
+        raise ConfigError("--parity and --dtype are for whole models; an adapter is moved as it is")
+    if options.dry_run:
+        for name, factor in opened.factors.items():
+            print(f"{name}  {list(factor.shape)}  {factor.dtype}")
+        return 0
+    destination = Path(getattr(options, "destination"))  # noqa: B009
+    with model_dir.staged(destination, options.overwrite) as staging:
+        stored = write(staging, lambda n: None)
+        model_dir.write_manifest(staging, format, stored)
+    say(f"written to {destination}: {len(opened.factors)} factors")
     return 0
 
 

@@ -169,6 +169,8 @@ def open_target(path: str | Path, checkpoint: str = "latest", optimizer: bool = 
         inside = [p for p in sorted(path.iterdir()) if p.suffix in (".gguf", ".pt")]
         if len(inside) == 1:
             return _open_single(inside[0], checkpoint, optimizer)
+        if (path / "adapter.json").is_file() or (path / "adapter_config.json").is_file():
+            raise TargetError(f"{path} is an adapter, not a model: export its base with --adapter {path}")
         raise TargetError(f"{path} has no config.json; {_EXPECTED}")
     try:
         facts = json.loads(config.read_text(encoding="utf-8"))

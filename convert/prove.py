@@ -4,6 +4,7 @@ The source computes in JAX, from the weights that were read; the result is opene
 PyTorch (an ONNX graph in onnxruntime). Both in float64.
 """
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from convert import stream
+from convert import stream, writers
 from convert.parity.limits import LIMITS
 from convert.targets import Target, open_target
+from jaxlm import model_dir
 from jaxlm.config import ConfigError, ModelConfig
 from jaxlm.count import param_count
 from jaxlm.tensor_file import Lazy
@@ -38,15 +40,40 @@ def require_memory(config: ModelConfig) -> None:
 
 
 def compare(
-    config: ModelConfig, tensors: Mapping[str, Lazy], result: Path, dtype: np.dtype | None, seed: int = 0
+    config: ModelConfig,
+    tensors: Mapping[str, Lazy],
+    result: Path,
+    dtype: np.dtype | None,
+    seed: int = 0,
+    names: tuple[str, str] = ("what was read", "what was written"),
 ) -> "Report":
     """The report on a directory that was just written; `dtype`: what the weights were rounded to."""
     from convert.parity.suite import Options, compare_decoders, decoder_run
 
     params = {path: stream.array(plan) for path, plan in stream.cast(tensors, dtype).items()}
     options = Options(rungs=RUNGS, seed=seed, length=LENGTH)
-    module = open_target(result).decoder.cpu()
-    return compare_decoders(decoder_run(config), params, module, options, "what was read", "what was written")
+    written = open_target(result)
+    run = decoder_run(_trained_as(config, written.config))
+    return compare_decoders(run, params, written.decoder.cpu(), options, *names)
+
+
+def _trained_as(config: ModelConfig, other: ModelConfig) -> ModelConfig:
+    """The configuration with what only training sees taken from the other: most formats have no place for it."""
+    moe = {
+        name: getattr(other.moe, name)
+        for name in ("balance", "balance_coef", "router_z_coef", "capacity_factor")
+    }
+    same = {name: getattr(other, name) for name in ("dropout", "init", "init_std")}
+    return dataclasses.replace(config, **same, moe=dataclasses.replace(config.moe, **moe))
+
+
+def export_and_prove(target: Target, out: Path, seed: int = 0) -> "Report":
+    """Writes a torchref checkpoint in the place of what is there, and compares what it holds with the target."""
+    with model_dir.staged(out, overwrite=True) as staging:
+        written = writers.write_torch(target, staging, writers.Choices(optimizer=False), lambda n: None)
+        model_dir.write_manifest(staging, "torch", written.tensors)
+    names = ("what was trained", str(out))
+    return compare(target.config, target.contents.tensors, out, None, seed, names)
 
 
 def compare_onnx(target: Target, result: Path, seed: int = 0) -> tuple[bool, str]:

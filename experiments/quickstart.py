@@ -10,17 +10,19 @@ PyTorch. Everything is written to runs/quickstart; an older run there is moved a
 
 import itertools
 import json
-import shutil
 from pathlib import Path
 
+import numpy as np
+
+from convert.targets import Contents, Target
 from experiments.cli import main_guard, need, parse_run, say
-from experiments.export import export_and_prove
 from experiments.pretrain import Trained, check_devices, plotter, pretrain
 from jaxlm.config import ConfigError
 from jaxlm.data.baselines import bigram_loss, gzip_bits_per_byte
 from jaxlm.data.corpus import open_corpus
 from jaxlm.metrics import bits_per_byte
 from jaxlm.run_dir import move_aside
+from jaxlm.tensor_file import Lazy
 
 PROMPTS = ("    def __init__(self, ", "import os\n")
 
@@ -34,6 +36,7 @@ def main(argv: list[str]) -> int:
         )
     need("torch")
     from convert.parity.report import write_report
+    from convert.prove import export_and_prove
 
     check_devices(options.run, options.framework)
     open_corpus(options.run.data.path, options.run.data.column)  # bad input must not move anything
@@ -45,12 +48,17 @@ def main(argv: list[str]) -> int:
         return 0
     beaten = compare_with_baselines(trained)
     print_samples(trained)
-    parity = export_and_prove(trained.run.model, trained.engine.params, path / "torchref")
-    shutil.copyfile(trained.directory.tokenizer, path / "torchref" / "tokenizer.json")
+    parity = export_and_prove(as_trained(trained), path / "torchref")
     write_report(parity, trained.directory.report.parent)
     print("\n" + "\n".join(parity.lines()))
     print(f"\neverything is in {path}: metrics.jsonl, plots/, checkpoints/, samples.txt, torchref/, parity/")
     return 0 if beaten and parity.passed else 1
+
+
+def as_trained(trained: Trained) -> Target:
+    """The parameters in memory as a target: what was trained, not what a checkpoint made of it."""
+    tensors = {name: Lazy.of(np.asarray(x)) for name, x in trained.engine.params.items()}
+    return Target(trained.directory.path, trained.run.model, None, "latest", "jaxlm", Contents(tensors))
 
 
 def compare_with_baselines(trained: Trained) -> bool:

@@ -5,7 +5,7 @@
     python -m experiments.parity runs/mine --against exported   # against what an export really holds
     python -m experiments.parity --self-test                    # plant every known fault and see it caught
 
-TARGET runs in JAX, OTHER in PyTorch; each is a preset, a run directory or a torchref checkpoint. Without OTHER it is
+TARGET runs in JAX, OTHER in PyTorch; each is a preset, a run, a model directory or file that convert opens. Without OTHER it is
 the twin built from TARGET's own weights. OUT gets report.json, report.md and report.html with figures. Exit code 0 only
 if every rung passed, 1 if one failed, 2 on bad input.
 """
@@ -37,8 +37,8 @@ COPIES = 14  # of the weights that a comparison holds at its height: both sides 
 class ParityOptions:
     """Options of the comparison."""
 
-    target: Annotated[str, tyro.conf.Positional] = ""  # preset, run directory or checkpoint; runs in JAX
-    against: str = ""  # preset, run directory or checkpoint; runs in PyTorch; '' = TARGET's own twin
+    target: Annotated[str, tyro.conf.Positional] = ""  # preset, run, model directory or file; runs in JAX
+    against: str = ""  # preset, run, model directory or file; runs in PyTorch; '' = TARGET's own twin
     dtype: Literal["float64", "float32", "bfloat16"] = "float64"  # of the computation
     rungs: str = ""  # those to climb, comma-separated; '' = all
     steps: int = 50  # optimizer steps of the trajectory

@@ -4,7 +4,7 @@
     echo "import os" | python -m experiments.sample runs/quickstart --greedy --framework torch
 
 Without --prompt, the prompt is read from standard input (one line end at its close is not part of it); on a terminal
-this is a dialogue. TARGET is a run directory or a torchref checkpoint with a tokenizer.json.
+this is a dialogue. TARGET is a run, a model directory with its tokenizer (ours, torchref's, Hugging Face's) or a GGUF file.
 """
 
 import codecs
@@ -31,7 +31,7 @@ COMMANDS = {":t": ("temperature", float), ":k": ("top_k", int), ":seed": ("seed"
 class SampleOptions:
     """Options of sampling."""
 
-    target: Annotated[str, tyro.conf.Positional]  # run directory or torchref checkpoint
+    target: Annotated[str, tyro.conf.Positional]  # run, model directory or .gguf
     prompt: str | None = None  # text to continue; left out = standard input
     max_new_tokens: int = 64  # tokens to write at most
     temperature: float = 0.8  # divides the logits; 0 = greedy

@@ -22,11 +22,12 @@ import tyro
 
 from convert import key_report, prove
 from convert.targets import Target, open_target
-from convert.writers import WRITERS, Choices, Dtype, Format, dtype_of
+from convert.writers import WRITERS, Choices, Dtype, Format, dtype_of, gguf_tokenizer
 from jaxlm import model_dir
 from jaxlm.cli import main_guard, need, parse, say
 from jaxlm.config import ConfigError, InputError, nearest, to_dict
 from jaxlm.count import param_count
+from jaxlm.tokenizer import TokenizerError
 
 if TYPE_CHECKING:
     from convert.adapters import OpenedAdapter
@@ -126,7 +127,7 @@ def import_model(options: ImportOptions) -> int:
         )
     target = open_target(options.source, optimizer=options.optimizer)
     if options.dry_run:
-        return _report(target, key_report.source_table(target), inverse=True)
+        return _report(target, "jaxlm", key_report.source_table(target), options, inverse=True)
     return _write(target, "jaxlm", options, options.choices())
 
 
@@ -149,7 +150,7 @@ def export_model(options: ExportOptions) -> int:
     choices = options.choices(family=options.family or None, experts=options.experts or None)
     if options.dry_run:
         pairs = key_report.table(options.to, target.config, choices.family, choices.experts)
-        return _report(target, pairs, inverse=False)
+        return _report(target, options.to, pairs, options, inverse=False)
     return _write(target, options.to, options, choices)
 
 
@@ -162,7 +163,7 @@ def inspect_model(options: InspectOptions) -> int:
     family = f" ({contents.family})" if contents.family else ""
     print(f"{target.path}: {target.kind}{family}")
     print(f"parameters: {param_count(target.config):,} in {len(contents.tensors)} tensors")
-    print(f"stored as {', '.join(kinds)}, {nbytes / 1e9:.3g} GB")
+    print(f"stored as {', '.join(kinds)}, {_size(nbytes)}")
     print(f"optimizer state: {'step ' + str(contents.moments.step) if contents.moments else 'none'}")
     print(f"tokenizer: {_tokenizer_line(target)}")
     print("config:")
@@ -189,7 +190,8 @@ def verify_directory(options: VerifyOptions) -> int:
         problems, count = model_dir.verify(directory, progress)
     for problem in problems:
         print(problem)
-    print(f"{directory}: {count} tensors, {f'{len(problems)} DAMAGED' if problems else 'all as written'}")
+    held = f"{count} tensors in {len((manifest or {}).get('files', {}))} files"
+    print(f"{directory}: {held}, {f'{len(problems)} DAMAGED' if problems else 'all as written'}")
     return 1 if problems else 0
 
 
@@ -213,6 +215,7 @@ def _write(target: Target, format: str, options: Common, choices: Choices) -> in
                 "--parity opens what --to torch writes, the same weights; --to pt has no reader of its own"
             )
         prove.require_memory(target.config)
+    _require_free(target.path, destination, options.overwrite)
     contents = target.contents
     total = sum(_nbytes(t) for t in contents.tensors.values())
     started = time.perf_counter()
@@ -222,12 +225,13 @@ def _write(target: Target, format: str, options: Common, choices: Choices) -> in
         passed = _proved(target, format, staging, choices) if options.parity else True
         if not passed:
             raise CheckFailed(f"{destination} was not written: it would not be the model that was read")
-        facts = {"source": {"kind": target.kind, "path": target.path.name}, "parity": bool(options.parity)}
+        name = target.path.resolve().name
+        facts = {"source": {"kind": target.kind, "path": name}, "parity": bool(options.parity)}
         model_dir.write_manifest(staging, format, written.tensors, facts)
     seconds = time.perf_counter() - started
     for note in (*contents.notes, *written.notes):
         say(f"note: {note}")
-    say(f"written to {destination}: {total / 1e9:.3g} GB of weights in {seconds:.1f} s")
+    say(f"written to {destination}: {_size(total)} of weights in {seconds:.1f} s")
     return 0
 
 
@@ -267,14 +271,39 @@ def _proved(target: Target, format: str, staging: Path, choices: Choices) -> boo
     return report.passed
 
 
-def _report(target: Target, pairs: list[Any], inverse: bool) -> int:
-    for line in key_report.lines(pairs, target.contents.tensors, inverse):
+def _report(target: Target, format: str, pairs: list[Any], options: Common, inverse: bool) -> int:
+    """What would be written; refuses what writing would refuse before it starts."""
+    _require_free(target.path, Path(getattr(options, "destination")), options.overwrite)  # noqa: B009
+    contents = target.contents
+    if format == "gguf" and options.tokenizer:
+        gguf_tokenizer(target)
+    for line in key_report.lines(pairs, contents.tensors, inverse):
         print(line)
-    count = len(pairs) or len(target.contents.tensors)
-    say(f"{count} tensors, none missing, none unused, none misshapen; nothing was written")
-    for note in target.contents.notes:
+    rounded = f", rounded to {options.dtype}" if options.dtype else ""
+    count = len(pairs) or len(contents.tensors)
+    say(f"{count} tensors, none missing, none unused, none misshapen{rounded}; nothing was written")
+    if contents.moments is not None:
+        goes = options.optimizer and format in ("jaxlm", "torch", "gptoss")
+        say(f"AdamW's state of step {contents.moments.step} {'goes along' if goes else 'stays behind'}")
+    for note in contents.notes:
         say(f"note: {note}")
     return 0
+
+
+def _require_free(source: Path, destination: Path, overwrite: bool) -> None:
+    """Refuses a destination that is taken, or whose replacement would cost more than an earlier result."""
+    place = destination.resolve()
+    if not place.exists() or (place.is_dir() and not any(place.iterdir())):
+        return
+    if not overwrite:
+        raise ConfigError(f"{destination} is there already; choose another name, or pass --overwrite")
+    if source.resolve().is_relative_to(place):
+        raise ConfigError(f"{destination} holds what is read ({source}); --overwrite would remove it")
+    if not (place / model_dir.MANIFEST).is_file():
+        raise ConfigError(
+            f"{destination} was not written by import or export (it has no {model_dir.MANIFEST}); --overwrite "
+            "replaces only what was: remove it yourself, or choose another name"
+        )
 
 
 def _require_paths(usage: str, source: str, destination: str) -> None:
@@ -315,6 +344,8 @@ def _nbytes(tensor: Any) -> int:
 def _tokenizer_line(target: Target) -> str:
     try:
         return f"{target.tokenizer.vocab_size:,} ids"
+    except TokenizerError as error:
+        return f"is carried over as it is, but cannot be used here: {error}"
     except InputError as error:
         return str(error).splitlines()[0]
 
@@ -323,12 +354,30 @@ def _expressible(format: str, target: Target) -> str:
     try:
         pairs = key_report.table(format, target.config)
     except InputError as error:
-        return "no: " + "; ".join(line for line in str(error).splitlines() if line)
+        return f"no: {_joined(error)}"
     if format == "hf":
         from convert.hf.express import require_family
 
         return f"yes, {require_family(target.config).name}, {len(pairs)} tensors"
+    if format == "gguf":
+        try:
+            gguf_tokenizer(target)
+        except InputError as error:
+            return f"yes, without its tokenizer: {_joined(error)}"
     return "yes"
+
+
+def _joined(error: InputError) -> str:
+    """The lines of a message as one."""
+    return "; ".join(line for line in str(error).splitlines() if line).replace(":; ", ": ")
+
+
+def _size(nbytes: int) -> str:
+    """Bytes for people: 2.5 kB, 7.19 GB."""
+    unit, name = next(
+        (u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes")) if nbytes >= u or u == 1
+    )
+    return f"{nbytes / unit:.3g} {name}"
 
 
 def _print_fields(fields: dict[str, Any], indent: str) -> None:

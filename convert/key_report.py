@@ -38,14 +38,17 @@ def table(
 
 
 def lines(pairs: list[Pair], tensors: Mapping[str, Lazy], inverse: bool) -> Iterator[str]:
-    """A line per tensor: from, to, shape there, what is done to it, dtype."""
+    """A line per tensor: name and shape here and there, its dtype as stored, and what is done to it."""
     if not pairs:
-        yield from (f"{name}  {_shape(t.shape)}  {t.dtype}  as it is" for name, t in tensors.items())
+        for name, tensor in tensors.items():
+            end = f"{name} {_shape(tensor.shape)}"
+            yield f"{end} -> {end}  {tensor.dtype}  same"
         return
     for pair in pairs:
         ours = pair.path if pair.part_shape == pair.shape else f"{pair.path}[{_index(pair)}]"
-        ends = (pair.other, ours) if inverse else (ours, pair.other)
-        yield f"{ends[0]} -> {ends[1]}  {_shape(pair.other_shape)}  {tensors[pair.path].dtype}  {pair.transform.name}"
+        ends = f"{ours} {_shape(pair.part_shape)}", f"{pair.other} {_shape(pair.other_shape)}"
+        source, sink = reversed(ends) if inverse else ends
+        yield f"{source} -> {sink}  {tensors[pair.path].dtype}  {pair.transform.name}"
 
 
 def source_table(target: Target) -> list[Pair]:

@@ -50,9 +50,12 @@ def compare(
     """The report on a directory that was just written; `dtype`: what the weights were rounded to."""
     from convert.parity.suite import Options, compare_decoders, decoder_run
 
-    params = {path: stream.array(plan) for path, plan in stream.cast(tensors, dtype).items()}
-    options = Options(rungs=RUNGS, seed=seed, length=LENGTH)
     written = open_target(result)
+    params = {
+        path: stream.array(stream.cast({path: tensor}, _stored(dtype, written, path))[path])
+        for path, tensor in tensors.items()
+    }
+    options = Options(rungs=RUNGS, seed=seed, length=LENGTH)
     run = decoder_run(_trained_as(config, written.config))
     return compare_decoders(run, params, written.decoder.cpu(), options, *names)
 
@@ -74,6 +77,14 @@ def export_and_prove(target: Target, out: Path, seed: int = 0) -> "Report":
         model_dir.write_manifest(staging, "torch", written.tensors)
     names = ("what was trained", str(out))
     return compare(target.config, target.contents.tensors, out, None, seed, names)
+
+
+def _stored(dtype: np.dtype | None, written: Target, path: str) -> np.dtype | None:
+    """What a tensor was rounded to: `dtype`, unless the format keeps it wider, as GGUF does norms and routers."""
+    found = written.contents.tensors.get(path)
+    if dtype is None or found is None or found.dtype.itemsize <= dtype.itemsize:
+        return dtype
+    return found.dtype
 
 
 def compare_onnx(target: Target, result: Path, seed: int = 0) -> tuple[bool, str]:

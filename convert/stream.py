@@ -1,19 +1,32 @@
 """Conversion without holding a model: tensors are planned from their facts, and made when they are written.
 
 `there` plans the tensors of a table's other side from ours, `here` ours from the other side's. A plan reads nothing.
-Its pieces run along the first axis; transposes are done in blocks that fit the cache.
+What is made of it is a box at a time, from just the boxes of the sources that it needs, through several conversions
+in a row; transposes are done in blocks that fit the cache.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from convert.rules import SAME, Index, Pair, Transform, require
-from jaxlm.tensor_file import Lazy, Planned, rows_at_once
+from convert.rules import SAME, TRANSPOSE, Index, Pair, Transform, require
+from jaxlm.tensor_file import Box, Lazy, Planned, boxes
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-_ROWS, _COLUMNS = 512, 16  # of a block: each line of the source is used up before it leaves the cache
+_ROWS, _COLUMNS = 1024, 16  # of a block: each line of the source is used up before it leaves the cache
+_SCAN = 1 << 17  # values tested at once, few enough to stay in the cache
+
+
+class _Piece(NamedTuple):
+    """What goes from a part of one tensor to a part of another."""
+
+    to: Index  # where it goes
+    source: Lazy
+    part: Index  # of the source
+    transform: Transform
+    inverse: bool
 
 
 def there(
@@ -21,12 +34,12 @@ def there(
 ) -> dict[str, Planned]:
     """The other side's tensors, in the order of the table; `dtype` casts. Raises ConversionError as `convert`."""
     require(pairs, tensors)
-    return {
-        pair.other: _plan(
-            pair.other_shape, dtype or tensors[pair.path].dtype, _taken(pair, tensors[pair.path])
-        )
-        for pair in pairs
-    }
+    plans = {}
+    for pair in pairs:
+        source, shape = tensors[pair.path], pair.other_shape
+        piece = _Piece(_filled((), shape), source, _filled(pair.index, source.shape), pair.transform, False)
+        plans[pair.other] = _plan(shape, dtype or source.dtype, [piece])
+    return plans
 
 
 def here(pairs: list[Pair], tensors: Mapping[str, Lazy], dtype: np.dtype | None = None) -> dict[str, Planned]:
@@ -37,16 +50,33 @@ def here(pairs: list[Pair], tensors: Mapping[str, Lazy], dtype: np.dtype | None 
         groups.setdefault(pair.path, []).append(pair)
     plans = {}
     for path, group in groups.items():
-        parts = [(pair.index, pair.transform, tensors[pair.other]) for pair in group]
         kinds = {tensors[pair.other].dtype for pair in group}
         kept = dtype or np.result_type(*kinds) if len(kinds) > 1 else dtype or kinds.pop()
-        plans[path] = _plan(group[0].shape, kept, _assembled(parts))
+        pieces = [
+            _Piece(
+                _filled(pair.index, pair.shape),
+                tensors[pair.other],
+                _filled((), tensors[pair.other].shape),
+                pair.transform,
+                True,
+            )
+            for pair in group
+        ]
+        plans[path] = _plan(group[0].shape, kept, pieces)
     return plans
 
 
 def lazy(planned: Planned, origin: str = "memory") -> Lazy:
-    """A planned tensor as one to be read: reading makes it whole."""
-    return Lazy(planned.shape, planned.dtype, lambda: array(planned), origin)
+    """A planned tensor as one to be read: reading makes it whole, or the part that is asked for."""
+    make = planned.make
+
+    def take(index: Index) -> np.ndarray:
+        assert make is not None
+        index = _filled(index, planned.shape)
+        box = tuple(slice(i, i + 1) if isinstance(i, int) else i for i in index)
+        return make(box)[tuple(0 if isinstance(i, int) else slice(None) for i in index)]
+
+    return Lazy(planned.shape, planned.dtype, lambda: array(planned), origin, take if make else None)
 
 
 def cast(tensors: Mapping[str, Lazy], dtype: np.dtype | None) -> dict[str, Planned]:
@@ -58,17 +88,27 @@ def cast(tensors: Mapping[str, Lazy], dtype: np.dtype | None) -> dict[str, Plann
 def guarded(plans: Mapping[str, Planned]) -> tuple[dict[str, Planned], list[str]]:
     """The same plans, and a list that fills with a line per tensor that turns out to hold NaN or infinity."""
     faults: list[str] = []
+    counts = dict.fromkeys(plans, 0)
+
+    def add(name: str, values: np.ndarray) -> np.ndarray:
+        if bad := _count_not_finite(values):
+            counts[name] += bad
+            faults[:] = [
+                f"{n}: {count} of {piece_count(plans[n])} values are not finite in {plans[n].dtype}"
+                for n, count in counts.items()
+                if count
+            ]
+        return values
 
     def watched(name: str, plan: Planned) -> Planned:
-        def pieces() -> Iterator[np.ndarray]:
-            bad = 0
-            for piece in plan.pieces():
-                bad += _count_not_finite(piece)
-                yield piece
-            if bad:
-                faults.append(f"{name}: {bad} of {piece_count(plan)} values are not finite in {plan.dtype}")
+        make = plan.make
 
-        return Planned(plan.shape, plan.dtype, pieces)
+        def pieces() -> Iterator[np.ndarray]:
+            counts[name] = 0
+            for piece in plan.pieces():
+                yield add(name, piece)
+
+        return Planned(plan.shape, plan.dtype, pieces, (lambda box: add(name, make(box))) if make else None)
 
     return {name: watched(name, plan) for name, plan in plans.items()}, faults
 
@@ -79,16 +119,18 @@ def piece_count(plan: Planned) -> int:
 
 
 def _count_not_finite(piece: np.ndarray) -> int:
-    if (
-        piece.dtype == BFLOAT16
-    ):  # numpy's own test goes value by value here; all exponent bits set says the same
-        bits = piece.reshape(-1).view(np.uint16) & 0x7F80
-        return int(np.count_nonzero(bits == 0x7F80)) if bits.size and bits.max() == 0x7F80 else 0
-    if piece.dtype.kind != "f":
+    if piece.dtype.kind == "f":
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = piece.sum()  # finite sums cannot hide NaN or infinity, and are several times as fast
+        return 0 if np.isfinite(total) else int(piece.size - np.count_nonzero(np.isfinite(piece)))
+    if piece.dtype != BFLOAT16:
         return 0
-    with np.errstate(over="ignore", invalid="ignore"):
-        total = piece.sum()  # finite sums cannot hide NaN or infinity, and are several times as fast
-    return 0 if np.isfinite(total) else int(piece.size - np.count_nonzero(np.isfinite(piece)))
+    bits, bad = piece.reshape(-1).view(np.uint16), 0
+    for start in range(0, bits.size, _SCAN):  # numpy's own test goes value by value here
+        exponents = bits[start : start + _SCAN] & 0x7F80
+        if exponents.max() == 0x7F80:  # all exponent bits set: NaN or infinity
+            bad += int(np.count_nonzero(exponents == 0x7F80))
+    return bad
 
 
 def array(planned: Planned) -> np.ndarray:
@@ -101,68 +143,73 @@ def array(planned: Planned) -> np.ndarray:
     return out
 
 
-Fill = Callable[[], Callable[[np.ndarray, int], None]]  # opens the sources; then (piece, first row) is filled
+def _plan(shape: tuple[int, ...], dtype: np.dtype, parts: list[_Piece]) -> Planned:
+    def made(box: Box, held: dict[int, np.ndarray]) -> np.ndarray:
+        overlaps = [(i, *inner) for i, part in enumerate(parts) if (inner := _overlap(part.to, box))]
+        for i in held.keys() - {i for i, *_ in overlaps}:
+            del held[i]
+        if len(parts) == 1 and parts[0].transform is SAME and parts[0].source.dtype == dtype:
+            return np.asarray(_fetched(0, parts[0], box, held), order="C")
+        out = np.empty([s.stop - s.start for s in box], dtype)
+        for i, to, within in overlaps:
+            target = out[to] if out.ndim else out
+            copy_blocked(target, _fetched(i, parts[i], within, held))
+        return out
 
-
-def _plan(shape: tuple[int, ...], dtype: np.dtype, opened: Fill) -> Planned:
     def pieces() -> Iterator[np.ndarray]:
-        fill = opened()
-        if not shape:
-            piece = np.empty((), dtype)
-            fill(piece, 0)
-            yield piece
-            return
-        step = rows_at_once(shape, dtype)
-        for start in range(0, shape[0], step):
-            piece = np.empty((min(step, shape[0] - start), *shape[1:]), dtype)
-            fill(piece, start)
-            yield piece
+        held: dict[int, np.ndarray] = {}
+        for box in boxes(shape, dtype):
+            yield made(box, held)
 
-    return Planned(shape, dtype, pieces)
+    apart = all(part.source.take is not None and part.transform in (SAME, TRANSPOSE) for part in parts)
+    return Planned(shape, dtype, pieces, (lambda box: made(box, {})) if apart else None)
 
 
-def _taken(pair: Pair, tensor: Lazy) -> Fill:
-    """A piece of a tensor of ours, in the other side's layout."""
-
-    def opened() -> Callable[[np.ndarray, int], None]:
-        view = pair.transform.view(tensor.read()[pair.index])
-
-        def fill(piece: np.ndarray, start: int) -> None:
-            copy_blocked(piece, view[start : start + len(piece)] if view.ndim else view)
-
-        return fill
-
-    return opened
-
-
-def _assembled(parts: list[tuple[Index, Transform, Lazy]]) -> Fill:
-    """A tensor of ours, from all its pieces there; a piece is read only while its rows are being made."""
-
-    def opened() -> Callable[[np.ndarray, int], None]:
-        def fill(piece: np.ndarray, start: int) -> None:
-            if not piece.ndim:
-                piece[...] = parts[0][2].read()
-                return
-            for index, transform, tensor in parts:
-                rows = _rows(index, start, len(piece))
-                if rows is None:
-                    continue
-                view = transform.view(tensor.read(), inverse=True)
-                if isinstance(rows, int):
-                    copy_blocked(piece[(rows, *index[1:])], view)
-                else:
-                    copy_blocked(piece[(slice(None), *index[1:])], view[rows])
-
-        return fill
-
-    return opened
+def _fetched(key: int, piece: _Piece, within: Box, held: dict[int, np.ndarray]) -> np.ndarray:
+    """A box of what a piece brings, in the target's layout; sources that are only had whole are `held`."""
+    take, transform = piece.source.take, piece.transform
+    if take is not None and transform is SAME:
+        return take(_composed(piece.part, within))
+    if take is not None and transform is TRANSPOSE:
+        *leading, rows, columns = within
+        return np.swapaxes(take(_composed(piece.part, (*leading, columns, rows))), -1, -2)
+    if key not in held:
+        whole = piece.source.read()[piece.part] if take is None else take(piece.part)
+        held[key] = transform.view(whole, piece.inverse)
+    return held[key][within]
 
 
-def _rows(index: Index, start: int, count: int) -> int | slice | None:
-    """Which row of this piece a part fills (an expert's), or which of the part's rows are this piece's."""
-    if isinstance(index[0], int):
-        return index[0] - start if start <= index[0] < start + count else None
-    return slice(start, start + count)
+def _filled(index: Index, shape: tuple[int, ...]) -> Index:
+    """An index with an entry for every axis, its slices with both ends."""
+    full = (*index, *(slice(None) for _ in shape[len(index) :]))
+    return tuple(
+        i if isinstance(i, int) else slice(*i.indices(n)[:2]) for i, n in zip(full, shape, strict=True)
+    )
+
+
+def _composed(index: Index, box: Box) -> Index:
+    """The index of a box of what an index gives."""
+    rest = iter(box)
+    return tuple(
+        i if isinstance(i, int) else slice(i.start + (s := next(rest)).start, i.start + s.stop) for i in index
+    )
+
+
+def _overlap(index: Index, box: Box) -> tuple[Index, Box] | None:
+    """Where in a box the values of an index lie, and which of its own they are; None where they do not meet."""
+    to: list[int | slice] = []
+    within: list[slice] = []
+    for i, s in zip(index, box, strict=True):
+        first, last = (i, i + 1) if isinstance(i, int) else (i.start, i.stop)
+        low, high = max(first, s.start), min(last, s.stop)
+        if low >= high:
+            return None
+        if isinstance(i, int):
+            to.append(low - s.start)
+        else:
+            to.append(slice(low - s.start, high - s.start))
+            within.append(slice(low - first, high - first))
+    return tuple(to), tuple(within)
 
 
 def copy_blocked(out: np.ndarray, view: np.ndarray) -> None:

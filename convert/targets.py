@@ -184,7 +184,14 @@ def open_target(path: str | Path, checkpoint: str = "latest", optimizer: bool = 
     if "model_type" in facts or "architectures" in facts:
         return _open_hf(path, checkpoint)
     if not (path / WEIGHTS).is_file() and not (path / INDEX).is_file():
+        for name in ("model.pt", "model.onnx"):
+            if (path / name).is_file():
+                raise TargetError(
+                    f"{path} holds {name}, which is written for other programs and not read back"
+                )
         raise TargetError(f"{path} has a config.json but neither checkpoints nor {WEIGHTS}; {_EXPECTED}")
+    if (path / WEIGHTS).is_file() and (path / INDEX).is_file():
+        raise TargetError(f"{path} has both {WEIGHTS} and {INDEX}; take away the one that is not the model's")
     return Target(path, load(ModelConfig, config), None, checkpoint, layout_of(path))
 
 
@@ -261,8 +268,12 @@ def _open_hf(path: Path, checkpoint: str) -> Target:
 
     found = hf.read(path)
     tensors = {name: stream.lazy(planned, str(path)) for name, planned in found.tensors.items()}
+    both = (path / WEIGHTS).is_file() and (path / INDEX).is_file()
+    notes = (
+        (*found.notes, f"{WEIGHTS} was read, as transformers does; {INDEX} was not") if both else found.notes
+    )
     contents = Contents(
-        tensors, raw=found.raw_config, carried=found.carried, notes=found.notes, family=found.family
+        tensors, raw=found.raw_config, carried=found.carried, notes=notes, family=found.family
     )
     return Target(path, found.config, None, checkpoint, "hf", contents)
 

@@ -5,7 +5,7 @@ Every writer takes an opened target and returns where its tensors lie, with thei
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,7 +19,7 @@ from jaxlm import model_dir
 from jaxlm.config import ConfigError, InputError, save
 from jaxlm.model_dir import CONFIG, Progress, Stored
 from jaxlm.tensor_file import Lazy, Planned
-from jaxlm.tokenizer import TokenizerError
+from jaxlm.tokenizer import Tokenizer, TokenizerError
 
 Format = Literal["jaxlm", "torch", "pt", "hf", "gguf", "onnx", "gptoss"]
 Dtype = Literal["", "float32", "bfloat16", "float16", "float64", "q8_0"]
@@ -77,9 +77,8 @@ def write_jaxlm(target: Target, out: Path, choices: Choices, progress: Progress)
     if contents.raw is not None or contents.carried:
         (out / SOURCE).mkdir()
         if contents.raw is not None:
-            model_dir.write_json(out / SOURCE / CONFIG, contents.raw)
-        for name, path in contents.carried.items():
-            (out / SOURCE / name).parent.mkdir(parents=True, exist_ok=True)
+            _keep_config(target, contents.raw, choices.dtype, out / SOURCE / CONFIG)
+        for name, path in _carried(target, choices).items():
             shutil.copyfile(path, out / SOURCE / name)
     return Written(stored, _tokenizer_file(target, out, choices))
 
@@ -103,7 +102,13 @@ def write_pt(target: Target, out: Path, choices: Choices, progress: Progress) ->
     from convert import native, pt_file
 
     plans = stream.there(native.pairs(target.config), target.contents.tensors, dtype_of(choices))
-    _finite(plans, lambda p: pt_file.write(out, target.config, {n: stream.array(x) for n, x in p.items()}))
+
+    def made(plans: Mapping[str, Planned]) -> Iterator[tuple[str, np.ndarray]]:
+        for name, plan in plans.items():
+            yield name, stream.array(plan)
+            progress(plan.nbytes)
+
+    _finite(plans, lambda p: pt_file.write(out, target.config, made(p)))
     return Written({}, _tokenizer_file(target, out, choices))
 
 
@@ -122,7 +127,7 @@ def write_hf(target: Target, out: Path, choices: Choices, progress: Progress) ->
         layout=choices.experts,  # type: ignore[arg-type]
         raw=contents.raw,
         tokenizer=tokenizer,
-        carried=contents.carried if choices.tokenizer else None,
+        carried=_carried(target, choices),
         max_shard_bytes=choices.max_shard_bytes,
         progress=progress,
     )
@@ -140,6 +145,7 @@ def write_hf(target: Target, out: Path, choices: Choices, progress: Progress) ->
 def write_gguf(target: Target, out: Path, choices: Choices, progress: Progress) -> Written:
     """model.gguf for llama.cpp."""
     from convert import gguf_file
+    from convert.gguf_header import read_header
 
     kinds = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "q8_0": "q8_0"}
     stored_as = next(iter(target.contents.tensors.values())).dtype.name
@@ -148,12 +154,8 @@ def write_gguf(target: Target, out: Path, choices: Choices, progress: Progress) 
         raise ConfigError(
             f"GGUF has no {choices.dtype or stored_as}: choose --dtype float32, float16, bfloat16 or q8_0"
         )
-    tokenizer = _tokenizer(target) if choices.tokenizer else None
-    if choices.tokenizer and tokenizer is None:
-        raise ConfigError(
-            f"{target.path} has no tokenizer that GGUF could carry; --no-tokenizer writes a file without"
-        )
-    gguf_file.write(
+    tokenizer = gguf_tokenizer(target) if choices.tokenizer else None
+    digests = gguf_file.write(
         out / "model.gguf",
         target.config,
         target.contents.tensors,
@@ -162,7 +164,37 @@ def write_gguf(target: Target, out: Path, choices: Choices, progress: Progress) 
         name=target.path.resolve().name,
         progress=progress,
     )
-    return Written({})
+    found = read_header(out / "model.gguf").tensors
+    return Written(
+        {
+            name: Stored(
+                "model.gguf",
+                found[name].kind,
+                found[name].shape,
+                found[name].offset,
+                found[name].nbytes,
+                digest,
+            )
+            for name, digest in digests.items()
+        }
+    )
+
+
+def gguf_tokenizer(target: Target) -> Tokenizer:
+    """The tokenizer of a target. Raises ConfigError with every reason why llama.cpp would not give its ids."""
+    from convert.gguf_tokenizer import refused_tokenizer
+
+    advice = "--no-tokenizer writes a file without"
+    try:
+        tokenizer = _tokenizer(target)
+    except TokenizerError as error:
+        raise ConfigError(f"{error}; {advice}") from None
+    if tokenizer is None:
+        raise ConfigError(f"{target.path} has no tokenizer that GGUF could carry; {advice}")
+    refused = refused_tokenizer(tokenizer, target.config.vocab_size)
+    if refused:
+        raise ConfigError("\n".join([*refused, advice]))
+    return tokenizer
 
 
 def write_onnx(target: Target, out: Path, choices: Choices, progress: Progress) -> Written:
@@ -234,6 +266,25 @@ def _write_moments(
     return stored
 
 
+def _carried(target: Target, choices: Choices) -> dict[str, Path]:
+    """The files of an imported model that go along; how it generates is no part of its tokenizer."""
+    return {
+        name: path
+        for name, path in target.contents.carried.items()
+        if choices.tokenizer or name == "generation_config.json"
+    }
+
+
+def _keep_config(target: Target, raw: dict[str, Any], dtype: str, path: Path) -> None:
+    """The config.json that a model was imported with: byte for byte, unless it would name another dtype."""
+    folder = target.path if target.kind == "hf" else target.path / SOURCE
+    named = {key: dtype for key in ("dtype", "torch_dtype") if dtype and key in raw}
+    if named or not (folder / CONFIG).is_file():
+        model_dir.write_json(path, raw | named)
+    else:
+        shutil.copyfile(folder / CONFIG, path)
+
+
 def _tokenizer(target: Target) -> Any:
     try:
         return target.tokenizer
@@ -250,7 +301,8 @@ def _tokenizer_file(target: Target, out: Path, choices: Choices) -> tuple[str, .
     if target.foreign is not None and target.foreign.tokenizer is not None:
         target.foreign.tokenizer.save(out / "tokenizer.json")
         return ()
-    found = target.contents.carried.get("tokenizer.json") or target.path / "tokenizer.json"
+    folder = target.path if target.path.is_dir() else target.path.parent
+    found = target.contents.carried.get("tokenizer.json") or folder / "tokenizer.json"
     if not found.is_file():
         return ("no tokenizer: there is no tokenizer.json beside the weights",)
     shutil.copyfile(found, out / "tokenizer.json")

@@ -5,8 +5,8 @@
     python -m experiments.parity runs/mine --against exported   # against what an export really holds
     python -m experiments.parity --self-test                    # plant every known fault and see it caught
 
-TARGET runs in JAX, OTHER in PyTorch; each is a preset, a run, a model directory or file that convert opens. Without OTHER it is
-the twin built from TARGET's own weights. OUT gets report.json, report.md and report.html with figures. Exit code 0 only
+TARGET runs in JAX, OTHER in PyTorch; each is a preset, a run, a model directory or file. Without OTHER it is the twin
+built from TARGET's own weights. OUT gets report.json, report.md and report.html with figures. Exit code 0 only
 if every rung passed, 1 if one failed, 2 on bad input.
 """
 

@@ -4,7 +4,7 @@
     echo "import os" | python -m experiments.sample runs/quickstart --greedy --framework torch
 
 Without --prompt, the prompt is read from standard input (one line end at its close is not part of it); on a terminal
-this is a dialogue. TARGET is a run, a model directory with its tokenizer (ours, torchref's, Hugging Face's) or a GGUF file.
+this is a dialogue. TARGET is a run, a model directory with its tokenizer (of jaxlm, torchref, Hugging Face) or a .gguf.
 """
 
 import codecs

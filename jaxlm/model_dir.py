@@ -9,6 +9,9 @@ The manifest holds a SHA-256 for every tensor, for what else is in its file, for
 """
 
 import contextlib
+import ctypes
+import fcntl
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -16,7 +19,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jaxlm.config import InputError
@@ -25,7 +28,10 @@ from jaxlm.tensor_file import NAMES, Planned, read_header, write_file
 MANIFEST, INDEX, CONFIG = "manifest.json", "model.safetensors.index.json", "config.json"
 SCHEMA = 1
 _CHUNK = 16 << 20  # bytes read at once
-_PARTIAL = ".partial-"
+_PARTIAL, _OLD = ".partial-", ".old-"  # hidden names: .NAME.partial-PID
+_HERE = -100  # AT_FDCWD: a path is relative to the working directory
+# Files that a reader of models would open; anything else may be added to a directory.
+_READ = {".safetensors", ".json", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".data", ".model", ".jinja", ".py"}
 Progress = Callable[[int], None]  # is told how many bytes more are done
 
 
@@ -63,40 +69,68 @@ def staged(destination: Path, overwrite: bool = False) -> Iterator[Path]:
     staging = destination.with_name(f".{destination.name}{_PARTIAL}{os.getpid()}")
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(destination)
+        _remove_stale(destination, _PARTIAL)
         staging.mkdir()
+        lock = os.open(staging, os.O_RDONLY)
     except OSError as error:
         raise ModelDirError(f"{error.filename or destination}: {error.strerror}") from None
     try:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until this process ends, however it ends
         yield staging
         flush(staging)
         _put_in_place(staging, destination)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        _remove(staging)
+        os.close(lock)
 
 
-def _remove_stale(destination: Path) -> None:
-    """Removes what a killed process left half-written under this name."""
-    for left in destination.parent.glob(f".{destination.name}{_PARTIAL}*"):
-        pid = left.name.rpartition("-")[2]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(left, ignore_errors=True)
+def _remove_stale(destination: Path, kind: str) -> None:
+    """Removes what a killed process left beside this name; what nobody holds a lock on is nobody's."""
+    for left in destination.parent.glob(f".{glob.escape(destination.name)}{kind}*"):
+        with contextlib.suppress(OSError):
+            lock = os.open(left, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(left)
+            finally:
+                os.close(lock)
+
+
+def _remove(path: Path) -> None:
+    """Removes a directory, a file, or a link without what it leads to; what is gone already is no error."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _put_in_place(staging: Path, destination: Path) -> None:
-    old = None
-    if os.path.lexists(destination):
-        old = destination.with_name(f".{destination.name}.old-{os.getpid()}")
-        os.rename(destination, old)
-    try:
+    """Renames `staging`; an old directory changes places with it in one step where the system can do that.
+
+    Where it cannot, the old one is out of the way for a moment, as `.NAME.old-PID`.
+    """
+    if not os.path.lexists(destination):
         os.rename(staging, destination)
-    except OSError:
-        if old is not None:
+    elif not _exchange(staging, destination):
+        old = destination.with_name(f".{destination.name}{_OLD}{os.getpid()}")
+        os.rename(destination, old)
+        try:
+            os.rename(staging, destination)
+        except OSError:
             os.rename(old, destination)
-        raise
+            raise
+        os.rename(old, staging)  # where it is removed
     _flush_directory(destination.parent)
-    if old is not None:
-        shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+    _remove_stale(destination, _OLD)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Two names change places at once (Linux' renameat2 with RENAME_EXCHANGE); False where that cannot be done."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    return renameat2(_HERE, os.fsencode(one), _HERE, os.fsencode(other), 2) == 0
 
 
 def flush(directory: Path) -> None:
@@ -205,7 +239,29 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
         raise ModelDirError(f"{path}: has changed since it was written (its own SHA-256 differs)")
     if body.get("schema") != SCHEMA:
         raise ModelDirError(f"{path}: has schema {body.get('schema')}; this version reads {SCHEMA}")
+    if not _well_formed(body):
+        raise ModelDirError(f"{path}: its files and tensors are not described as this version does")
     return body
+
+
+def _well_formed(body: dict[str, Any]) -> bool:
+    """Whether the facts are there, in the types expected, and about files of this directory only."""
+
+    def inside(name: str) -> bool:
+        path = PurePosixPath(name)
+        return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+
+    def counts(*values: Any) -> bool:
+        return all(type(value) is int and 0 <= value < 2**62 for value in values)
+
+    try:
+        files = all(inside(n) and counts(f["bytes"]) and "sha256" in f for n, f in body["files"].items())
+        return files and all(
+            t["file"] in body["files"] and counts(t["offset"], t["nbytes"]) and "sha256" in t
+            for t in body["tensors"].values()
+        )
+    except (KeyError, TypeError, AttributeError):
+        return False
 
 
 def verify(directory: Path, progress: Progress = lambda n: None) -> tuple[list[str], int]:
@@ -237,6 +293,13 @@ def verify(directory: Path, progress: Progress = lambda n: None) -> tuple[list[s
         if size == facts["bytes"] and _hash_around(path, within) != facts["sha256"]:
             what = "its header has changed" if tensors else "has changed"
             problems.append(f"{name}: {what} (SHA-256 differs)")
+    known = {MANIFEST, *manifest["files"]}
+    found = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    problems += [
+        f"{name}: is not in {MANIFEST}, and readers may open it; remove it"
+        for name in found
+        if name not in known and Path(name).suffix in _READ
+    ]
     return problems, len(manifest["tensors"])
 
 

@@ -23,6 +23,8 @@ import numpy as np
 
 from jaxlm.config import InputError
 
+Index = tuple[int | slice, ...]
+Box = tuple[slice, ...]  # a slice with both ends for each axis
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -39,7 +41,7 @@ DTYPES: dict[str, np.dtype] = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LONGEST_HEADER = 100_000_000  # bytes, the limit of the format's own library
-_PIECE = 16 << 20  # bytes handled at once
+_PIECE = 8 << 20  # bytes handled at once
 
 
 class TensorFileError(InputError):
@@ -54,20 +56,22 @@ class Lazy:
     dtype: np.dtype
     read: Callable[[], np.ndarray]  # a fresh view; the memory behind it goes when the array goes
     origin: str = "memory"  # file, for messages
+    take: Callable[[Index], np.ndarray] | None = None  # a part alone, where it costs no more than its size
 
     @classmethod
     def of(cls, array: np.ndarray, origin: str = "memory") -> "Lazy":
         """An array that is in memory already."""
-        return cls(tuple(array.shape), array.dtype, lambda: array, origin)
+        return cls(tuple(array.shape), array.dtype, lambda: array, origin, lambda index: array[index])
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor to be written: its facts, and its values in C order, piece by piece along the first axis."""
+    """A tensor to be written: its facts, and its values in C order, piece by piece (see `boxes`)."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     pieces: Callable[[], Iterable[np.ndarray]]
+    make: Callable[[Box], np.ndarray] | None = None  # any part alone, where it costs no more than its size
 
     @property
     def nbytes(self) -> int:
@@ -77,7 +81,32 @@ class Planned:
     @classmethod
     def of(cls, tensor: Lazy) -> "Planned":
         """A tensor written as it is stored."""
-        return cls(tensor.shape, tensor.dtype, lambda: blocks(tensor.read()))
+        if (take := tensor.take) is None:
+            return cls(tensor.shape, tensor.dtype, lambda: blocks(tensor.read()))
+
+        def make(box: Box) -> np.ndarray:
+            return np.asarray(take(box), order="C")
+
+        return cls(tensor.shape, tensor.dtype, lambda: map(make, boxes(tensor.shape, tensor.dtype)), make)
+
+
+def boxes(shape: tuple[int, ...], dtype: np.dtype) -> Iterator[Box]:
+    """A tensor cut into parts that follow each other in C order, none larger than a piece whatever the shape.
+
+    Axes before the one that is cut are taken index by index, those after it whole.
+    """
+    if 0 in shape:
+        return
+    sizes = [math.prod(shape[axis + 1 :]) * dtype.itemsize for axis in range(len(shape))]
+    cut = next((axis for axis, size in enumerate(sizes) if size <= _PIECE), None)
+    if cut is None:  # no axes
+        yield ()
+        return
+    step, rest = max(1, _PIECE // sizes[cut]), tuple(slice(0, n) for n in shape[cut + 1 :])
+    for leading in np.ndindex(*shape[:cut]):
+        for start in range(0, shape[cut], step):
+            rows = slice(start, min(start + step, shape[cut]))
+            yield (*(slice(i, i + 1) for i in leading), rows, *rest)
 
 
 def rows_at_once(shape: tuple[int, ...], dtype: np.dtype) -> int:
@@ -87,12 +116,8 @@ def rows_at_once(shape: tuple[int, ...], dtype: np.dtype) -> int:
 
 def blocks(array: np.ndarray) -> Iterator[np.ndarray]:
     """An array in C order, piece by piece."""
-    if array.ndim == 0:
-        yield array
-        return
-    step = rows_at_once(array.shape, array.dtype)
-    for start in range(0, len(array), step):
-        yield np.ascontiguousarray(array[start : start + step])
+    for box in boxes(array.shape, array.dtype):
+        yield np.asarray(array[box], order="C")
 
 
 @dataclass(frozen=True)
@@ -211,12 +236,12 @@ def open_file(path: Path) -> dict[str, Lazy]:
     """All tensors of a file, unread. Raises TensorFileError as `read_header`."""
     path = Path(path)
     return {
-        name: Lazy(shape, dtype, _mapped(path, dtype, shape, offset), str(path))
+        name: _mapped(path, dtype, shape, offset)
         for name, (dtype, shape, offset) in read_header(path).tensors.items()
     }
 
 
-def _mapped(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> Callable[[], np.ndarray]:
+def _mapped(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> Lazy:
     """A map of its own for each reading: when the array goes, its pages leave the process too."""
 
     def read() -> np.ndarray:
@@ -232,7 +257,7 @@ def _mapped(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int) ->
             raise TensorFileError(f"{path}: cannot be read any more: {error}") from None
         return np.frombuffer(mapped, dtype, count, offset - first).reshape(shape)
 
-    return read
+    return Lazy(shape, dtype, read, str(path), lambda index: read()[index])
 
 
 def write_file(
@@ -243,7 +268,7 @@ def write_file(
 ) -> tuple[int, dict[str, str]]:
     """Writes a file, its tensors in the given order, and flushes it to the disk.
 
-    Values are prepared here while a second thread hashes and writes those before them. A file that could not be
+    Values are prepared here while two threads hash and write those before them. A file that could not be
     written whole is removed.
 
     Returns:
@@ -272,46 +297,64 @@ def write_file(
 def _write_values(
     file: Any, tensors: Mapping[str, Planned], progress: Callable[[int], None]
 ) -> dict[str, str]:
-    waiting: queue.Queue[tuple[str, np.ndarray] | None] = queue.Queue(maxsize=2)
     digests = {name: hashlib.sha256() for name in tensors}
-    failure: list[BaseException] = []
 
-    def consume() -> None:
-        while (item := waiting.get()) is not None:
-            if failure:
-                continue
-            name, piece = item
-            try:
-                raw = piece.reshape(-1).view(np.uint8).data
-                digests[name].update(raw)
-                file.write(raw)
-                progress(len(raw))
-            except BaseException as error:
-                failure.append(error)
+    def write(name: str, raw: memoryview) -> None:
+        file.write(raw)
+        progress(len(raw))
 
-    writer = threading.Thread(target=consume, name="tensor-writer", daemon=True)
-    writer.start()
-    try:
+    # The threads take the same pieces at their own speed; few wait, so that little memory is held.
+    with _Worker(lambda name, raw: digests[name].update(raw)) as hashing, _Worker(write) as writing:
         for name, tensor in tensors.items():
-            written = 0
+            prepared = 0
             for piece in tensor.pieces():
-                if failure:
-                    break
-                waiting.put((name, piece))
-                written += piece.nbytes
-            if not failure and written != tensor.nbytes:
-                raise AssertionError(f"{name}: {written} of {tensor.nbytes} bytes were prepared")
-    finally:
-        waiting.put(None)
-        writer.join()
-    if failure:
-        raise failure[0]
+                raw = piece.reshape(-1).view(np.uint8).data
+                writing.put(name, raw)
+                hashing.put(name, raw)
+                prepared += piece.nbytes
+            if prepared != tensor.nbytes:
+                raise AssertionError(f"{name}: {prepared} of {tensor.nbytes} bytes were prepared")
     return {name: digest.hexdigest() for name, digest in digests.items()}
+
+
+class _Worker:
+    """A thread that does one thing with every piece; what it raises is raised in `put`, or at the end."""
+
+    def __init__(self, work: Callable[[str, memoryview], None]):
+        self._waiting: queue.Queue[tuple[str, memoryview] | None] = queue.Queue(maxsize=1)
+        self._failure: BaseException | None = None
+        self._work = work
+        self._thread = threading.Thread(target=self._run, name="tensor-writer", daemon=True)
+
+    def _run(self) -> None:
+        while (item := self._waiting.get()) is not None:
+            if self._failure is None:
+                try:
+                    self._work(*item)
+                except BaseException as error:
+                    self._failure = error
+            del item  # or it would be held until the next one comes
+
+    def put(self, name: str, raw: memoryview) -> None:
+        """Hands a piece over; waits while another one is waiting already."""
+        if self._failure is not None:
+            raise self._failure
+        self._waiting.put((name, raw))
+
+    def __enter__(self) -> "_Worker":
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._waiting.put(None)
+        self._thread.join()
+        if error is None and self._failure is not None:
+            raise self._failure
 
 
 def digest(tensor: Lazy) -> str:
     """SHA-256 of a tensor's bytes as stored."""
     total = hashlib.sha256()
-    for piece in blocks(tensor.read()):
+    for piece in Planned.of(tensor).pieces():
         total.update(piece.reshape(-1).view(np.uint8).data)
     return total.hexdigest()

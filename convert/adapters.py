@@ -116,7 +116,7 @@ def merged(target: Target, opened: OpenedAdapter) -> Target:
         def read(path: str = path, base: Lazy = tensors[path], own: Adapter = own) -> np.ndarray:
             return peft_adapter.merge({path: base.read()}, own, config)[path]
 
-        tensors[path] = dataclasses.replace(tensors[path], read=read)
+        tensors[path] = Lazy(tensors[path].shape, tensors[path].dtype, read, tensors[path].origin)
     notes = (*target.contents.notes, f"merged with the adapter in {opened.path}")
     contents = dataclasses.replace(target.contents, tensors=tensors, moments=None, notes=notes)
     return dataclasses.replace(target, foreign=contents)

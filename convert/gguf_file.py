@@ -37,7 +37,7 @@ from convert.rules import (
     pair_up,
     require,
 )
-from convert.stream import copy_blocked, there
+from convert.stream import copy_blocked, guarded, there
 from jaxlm.config import ModelConfig
 from jaxlm.model import abstract_model
 from jaxlm.tensor_file import Lazy, Planned, rows_at_once
@@ -145,6 +145,7 @@ def write(
     if factors is not None:
         plans = {ROPE_FACTORS: Planned.of(Lazy.of(factors))} | plans
     kinds = {name: _kind_of(name, plan.shape, kind) for name, plan in plans.items()}
+    plans, faults = guarded(plans)
 
     writer = gguf.GGUFWriter(None, ARCHITECTURE)
     facts: dict[str, Any] = {
@@ -167,9 +168,12 @@ def write(
             writer.write_header_to_file(path)
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            digests = _write_values(writer, plans, kinds, progress)
+            with np.errstate(invalid="ignore"):  # what is not finite is refused by name when all is seen
+                digests = _write_values(writer, plans, kinds, progress)
         finally:
             writer.close()
+        if faults:
+            raise ConversionError("weights that are not finite are not written:\n" + "\n".join(faults))
     except BaseException:
         Path(path).unlink(missing_ok=True)
         raise
@@ -230,7 +234,7 @@ def _encoded(name: str, piece: np.ndarray, kind: str) -> np.ndarray:
     gguf = _library()
     wide = piece if piece.dtype == np.float64 else piece.astype(np.float32)
     peak = float(np.max(np.abs(wide), initial=0))
-    if LARGEST[kind] < peak < np.inf or (kind == "Q8_0" and not np.isfinite(peak)):
+    if LARGEST[kind] < peak < np.inf:
         raise ConversionError(
             f"{name}: {kind} cannot hold {peak:g}, its largest is {LARGEST[kind]:g}; try bf16 or f32"
         )

@@ -20,6 +20,7 @@ from convert import peft_layout as layout
 from convert.peft_layout import ADAPTABLE, Piece, Slot
 from convert.rules import ConversionError, Pair
 from jaxlm.config import ConfigError
+from jaxlm.json_file import read_object
 from jaxlm.tensor_file import Lazy, Planned, open_file, write_file
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -209,6 +210,7 @@ def write_adapter(
             f"dropout={config.dropout}: peft has none for adapters of stacked experts; set it to 0, which changes"
             " nothing about a trained adapter"
         )
+    problems += [f"{name}: holds NaN or infinity" for name, x in adapter.items() if not np.isfinite(x).all()]
     _raise(problems, "peft cannot hold this adapter")
     tensors: dict[str, Planned] = {}
     for slot, name in layout.carriers(adapted):
@@ -295,7 +297,11 @@ def _fault(tensors: Mapping[str, Lazy], name: str, shape: tuple[int, int], rank:
     if name not in tensors:
         return f"{name}: missing, {CONFIG} targets its weight"
     got = tensors[name].shape
-    return "" if got == shape else f"{name}: got {got}, expected {shape} at rank {rank} of {CONFIG}"
+    if got != shape:
+        return f"{name}: got {got}, expected {shape} at rank {rank} of {CONFIG}"
+    if tensors[name].dtype.kind in "iub":
+        return f"{name}: holds {tensors[name].dtype}, which is no floating-point factor"
+    return "" if np.isfinite(tensors[name].read()).all() else f"{name}: holds NaN or infinity"
 
 
 def _why(name: str) -> str:
@@ -318,12 +324,9 @@ def _read_fields(directory: Path) -> dict[str, Any]:
             hint = pickled if name == TENSORS and (directory / PICKLE).exists() else ""
             raise ConversionError(f"{directory / name}: no such file{hint}")
     try:
-        fields = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        return read_object(directory / CONFIG)
+    except ValueError as error:
         raise ConversionError(f"{directory / CONFIG}: {error}") from None
-    if not isinstance(fields, dict):
-        raise ConversionError(f"{directory / CONFIG}: must be a JSON object, got {type(fields).__name__}")
-    return fields
 
 
 def _base_config(fields: dict[str, Any], directory: Path) -> AdapterConfig:

@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from jaxlm.config import InputError
+from jaxlm.tensor_file import shown
 
 Index = tuple[int | slice, ...]
 
@@ -119,7 +120,10 @@ class Pair:
 
     @property
     def _abstract(self) -> np.ndarray:
-        return np.broadcast_to(np.zeros((), np.int8), self.shape)[self.index]
+        try:
+            return np.broadcast_to(np.zeros((), np.int8), self.shape)[self.index]
+        except ValueError:
+            raise ConversionError(f"{self.path}: {self.shape} is larger than any array") from None
 
 
 def pair_up(rules: Iterable[Rule], shapes: Mapping[str, tuple[int, ...]]) -> list[Pair]:
@@ -184,7 +188,7 @@ def problems_of(pairs: list[Pair], tensors: Mapping[str, Shaped], inverse: bool 
         f"{source} -> {target}: missing" for (source, _), target in arrows.items() if source not in tensors
     ]
     known = {source for source, _ in arrows}
-    return problems + [f"{name}: unused, no rule takes it" for name in tensors if name not in known]
+    return problems + [f"{shown(name)}: unused, no rule takes it" for name in tensors if name not in known]
 
 
 def require(pairs: list[Pair], tensors: Mapping[str, Shaped], inverse: bool = False) -> None:

@@ -5,8 +5,9 @@ What is made of it is a box at a time, from just the boxes of the sources that i
 in a row; transposes are done in blocks that fit the cache.
 """
 
+import math
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -16,6 +17,7 @@ from jaxlm.tensor_file import Box, Lazy, Planned, boxes
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _ROWS, _COLUMNS = 1024, 16  # of a block: each line of the source is used up before it leaves the cache
+_REACH = 16 << 20  # bytes of a source that are mapped at once
 _SCAN = 1 << 17  # values tested at once, few enough to stay in the cache
 
 
@@ -51,7 +53,7 @@ def here(pairs: list[Pair], tensors: Mapping[str, Lazy], dtype: np.dtype | None 
     plans = {}
     for path, group in groups.items():
         kinds = {tensors[pair.other].dtype for pair in group}
-        kept = dtype or np.result_type(*kinds) if len(kinds) > 1 else dtype or kinds.pop()
+        kept = dtype or _common(kinds)
         pieces = [
             _Piece(
                 _filled(pair.index, pair.shape),
@@ -64,6 +66,14 @@ def here(pairs: list[Pair], tensors: Mapping[str, Lazy], dtype: np.dtype | None 
         ]
         plans[path] = _plan(group[0].shape, kept, pieces)
     return plans
+
+
+def _common(kinds: set[np.dtype]) -> np.dtype:
+    """The smallest dtype that holds all of them; float32 for float16 beside bfloat16."""
+    try:
+        return np.result_type(*kinds)
+    except TypeError:
+        return np.dtype(np.float32)
 
 
 def lazy(planned: Planned, origin: str = "memory") -> Lazy:
@@ -144,16 +154,18 @@ def array(planned: Planned) -> np.ndarray:
 
 
 def _plan(shape: tuple[int, ...], dtype: np.dtype, parts: list[_Piece]) -> Planned:
+    alike = len(parts) == 1 and parts[0].transform is SAME and parts[0].source.dtype == dtype
+
     def made(box: Box, held: dict[int, np.ndarray]) -> np.ndarray:
         overlaps = [(i, *inner) for i, part in enumerate(parts) if (inner := _overlap(part.to, box))]
         for i in held.keys() - {i for i, *_ in overlaps}:
             del held[i]
-        if len(parts) == 1 and parts[0].transform is SAME and parts[0].source.dtype == dtype:
+        if alike:
             return np.asarray(_fetched(0, parts[0], box, held), order="C")
         out = np.empty([s.stop - s.start for s in box], dtype)
         for i, to, within in overlaps:
-            target = out[to] if out.ndim else out
-            copy_blocked(target, _fetched(i, parts[i], within, held))
+            for columns, strip in _strips(parts[i], within):
+                copy_blocked(out[(*to, ...)][columns], _fetched(i, parts[i], strip, held))
         return out
 
     def pieces() -> Iterator[np.ndarray]:
@@ -163,6 +175,18 @@ def _plan(shape: tuple[int, ...], dtype: np.dtype, parts: list[_Piece]) -> Plann
 
     apart = all(part.source.take is not None and part.transform in (SAME, TRANSPOSE) for part in parts)
     return Planned(shape, dtype, pieces, (lambda box: made(box, {})) if apart else None)
+
+
+def _strips(piece: _Piece, within: Box) -> Iterator[tuple[Any, Box]]:
+    """A box cut along its last axis: a few columns of a transpose need every page of as many rows of the source."""
+    if piece.transform is not TRANSPOSE or piece.source.take is None:
+        yield ..., within
+        return
+    columns, rows = within[-1], math.prod(s.stop - s.start for s in within[:-2])
+    step = max(1, _REACH // (rows * piece.source.shape[-1] * piece.source.dtype.itemsize))
+    for start in range(columns.start, columns.stop, step):
+        stop = min(start + step, columns.stop)
+        yield (..., slice(start - columns.start, stop - columns.start)), (*within[:-1], slice(start, stop))
 
 
 def _fetched(key: int, piece: _Piece, within: Box, held: dict[int, np.ndarray]) -> np.ndarray:

@@ -42,9 +42,17 @@ def main_guard(main: Callable[[list[str]], int | None], failures: tuple[type[Exc
 
 
 def fail(message: str) -> None:
-    """Prints one line and exits with 2."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    """Prints what was wrong, a line each, and exits with 2."""
+    print(f"error: {readable(message)}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def readable(message: str, lines: int = 40, width: int = 400) -> str:
+    """A message that fits a screen and cannot steer a terminal, whatever names and values from files stand in it."""
+    found = [line if len(line) <= width else f"{line[:width]} …" for line in message.split("\n")]
+    if len(found) > lines:
+        found = [*found[:lines], f"and {len(found) - lines} more lines"]
+    return "\n".join("".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in found)
 
 
 def need(module: str, extra: str = "") -> None:

@@ -16,7 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
+from jaxlm.json_file import read_object
+
 C = TypeVar("C")
+_LARGEST = 2**31  # of a size; no array has a longer axis
 
 
 class InputError(ValueError):
@@ -104,7 +107,9 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         _require_finite(self, "moe.")
-        _require(self.n_experts >= 0, f"moe.n_experts={self.n_experts} must not be negative")
+        for name in ("n_experts", "d_ff", "shared_d_ff"):
+            value = getattr(self, name)
+            _require(0 <= value < _LARGEST, f"moe.{name}={value} must not be negative, and below 2^31")
         if self.n_experts == 0:
             return
         _require(
@@ -120,8 +125,6 @@ class MoEConfig:
         )
         _require(self.balance_coef >= 0, f"moe.balance_coef={self.balance_coef} must not be negative")
         _require(self.router_z_coef >= 0, f"moe.router_z_coef={self.router_z_coef} must not be negative")
-        _require(self.d_ff >= 0, f"moe.d_ff={self.d_ff} must not be negative")
-        _require(self.shared_d_ff >= 0, f"moe.shared_d_ff={self.shared_d_ff} must not be negative")
         _require(
             not (self.shared_gate and self.shared_d_ff == 0),
             f"moe.shared_gate={self.shared_gate} needs a shared expert, but shared_d_ff={self.shared_d_ff}",
@@ -173,7 +176,7 @@ class ModelConfig:
             "context",
         ):
             value = getattr(self, name)
-            _require(value > 0, f"{name}={value} must be positive")
+            _require(0 < value < _LARGEST, f"{name}={value} must be positive and below 2^31")
         _require(
             self.n_heads % self.n_kv_heads == 0,
             f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}",
@@ -428,11 +431,9 @@ def _coerce(hint: Any, value: Any, path: str) -> Any:
 def load(cls: type[C], path: Path) -> C:
     """Reads a config file. Raises ConfigError with the file's name."""
     try:
-        return from_dict(cls, json.loads(Path(path).read_text(encoding="utf-8")))
+        return from_dict(cls, read_object(path))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: nested too deeply for a config") from None
     except ValueError as error:  # not UTF-8, not JSON, or refused by the config itself
         raise ConfigError(f"{path}: {error}") from None
 

@@ -78,7 +78,7 @@ def staged(destination: Path, overwrite: bool = False) -> Iterator[Path]:
         fcntl.flock(lock, fcntl.LOCK_EX)  # until this process ends, however it ends
         yield staging
         flush(staging)
-        _put_in_place(staging, destination)
+        _put_in_place(staging, destination, overwrite)
     finally:
         _remove(staging)
         os.close(lock)
@@ -104,13 +104,18 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _put_in_place(staging: Path, destination: Path) -> None:
+def _put_in_place(staging: Path, destination: Path, overwrite: bool) -> None:
     """Renames `staging`; an old directory changes places with it in one step where the system can do that.
 
     Where it cannot, the old one is out of the way for a moment, as `.NAME.old-PID`.
     """
-    if not os.path.lexists(destination):
-        os.rename(staging, destination)
+    if not overwrite or not os.path.lexists(destination):
+        try:
+            os.rename(staging, destination)  # takes the place of nothing but an empty directory
+        except OSError as error:
+            raise ModelDirError(
+                f"{destination}: {error.strerror}; it was made while this was written"
+            ) from None
     elif not _exchange(staging, destination):
         old = destination.with_name(f".{destination.name}{_OLD}{os.getpid()}")
         os.rename(destination, old)

@@ -381,7 +381,7 @@ def _from_json(facts: dict[str, Any]) -> tuple[str, dict[bytes, int], dict[str, 
         ranks[bytes(_TO_BYTE[c] for c in token)] = i
     merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
     made = [model["vocab"][left + right] for left, right in merges]
-    if any(a >= b for a, b in zip(made, made[1:])):
+    if any(a > b for a, b in zip(made, made[1:])):  # a token may stand there by several of its splits
         raise TokenizerError(
             "ids of merged tokens do not follow the order of the merges; tiktoken needs that they do"
         )

@@ -45,6 +45,7 @@ FRAMEWORK_FREE = {
     "shapes",
     "run_dir",
     "cli",
+    "json_file",
     "tensor_file",
     "model_dir",
     "data.corpus",
@@ -54,7 +55,7 @@ SHARED_WITH_TORCHREF = {"config", "presets", "tokenizer", "rope_table", "count"}
 FRAMEWORKS = {"jax", "jaxlib", "flax", "optax", "orbax", "torch", "transformers"}
 # A room imports from its own row or a row above it.
 ORDER = [
-    {"config", "shapes"},
+    {"config", "shapes", "json_file"},
     {"presets", "tokenizer", "rope_table", "count", "cli", "tensor_file"},
     {"data"},
     {"sharding"},

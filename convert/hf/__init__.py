@@ -76,6 +76,8 @@ def read(directory: Path) -> Source:
     table = pairs(imported.config, imported.family, layout)
     planned = stream.here(table, usable(imported.config, table, tensors))
     carried = {name: directory / name for name in TOKENIZER_FILES if (directory / name).is_file()}
+    more = directory / "additional_chat_templates"
+    carried |= {f"{more.name}/{path.name}": path for path in sorted(more.glob("*.jinja"))}
     return Source(imported.config, imported.family, layout, raw, imported.notes, planned, carried)
 
 
@@ -144,6 +146,7 @@ def write(
         write_json(directory / INDEX, index_json(shards))
     write_json(directory / "config.json", values)
     for name, path in carried.items():
+        (directory / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, directory / name)
     if own_tokenizer is not None:
         write_tokenizer(own_tokenizer, directory, config.context, chosen)

@@ -137,7 +137,11 @@ def _check_keys(reader: _Reader) -> list[str]:
             if value not in FIXED[key]:
                 reader.refuse(key, "is not supported" + (f": {WHY[key]}" if key in WHY else ""))
         elif key == "architectures":
-            if value is not None and value != [reader.family.architecture]:
+            known_as = [
+                [reader.family.architecture],
+                *([["LLaMAForCausalLM"]] if reader.family.name == "llama" else []),
+            ]
+            if value is not None and value not in known_as:
                 reader.refuse(key, f"is not supported: only {[reader.family.architecture]} is")
         elif key not in ("model_type", "layer_types") and not known:
             reader.refuse(key, f"is unknown; it may change what a {reader.family.name} computes")

@@ -1,6 +1,5 @@
 """Hugging Face's safetensors files: one file, or shards with an index. Nothing is read before it is needed."""
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 from convert.hf.families import INERT_TENSORS
 from convert.rules import ConversionError, Pair, problems_of
 from jaxlm.config import ModelConfig
+from jaxlm.json_file import read_object
 from jaxlm.tensor_file import Lazy, Planned, TensorFileError, blocks, open_file
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -18,24 +18,12 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 def read_json(path: Path) -> dict[str, Any]:
     """A file that holds one JSON object. Raises ConversionError in one line, for a key that stands twice too."""
-    twice: list[str] = []
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        twice.extend(key for key in dict.fromkeys(keys) if keys.count(key) > 1)
-        return dict(pairs)
-
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
+        return read_object(path)
     except OSError as error:
         raise ConversionError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConversionError(f"{path}: not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ConversionError(f"{path}: must hold an object, not {type(values).__name__}")
-    if twice:
-        raise ConversionError("\n".join(f"{path}: {key} stands twice" for key in twice))
-    return values
+    except ValueError as error:
+        raise ConversionError(f"{path}: {error}") from None
 
 
 def open_checkpoint(directory: Path) -> dict[str, Lazy]:
@@ -95,7 +83,8 @@ def _open_shards(directory: Path, weight_map: Any) -> dict[str, Lazy]:
 
 
 def _plain(name: str) -> bool:
-    return name not in ("", ".", "..") and PurePath(name).name == name and PureWindowsPath(name).name == name
+    usual = name not in ("", ".", "..") and name.isprintable() and len(name) < 256
+    return usual and PurePath(name).name == name and PureWindowsPath(name).name == name
 
 
 def usable(

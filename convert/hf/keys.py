@@ -37,7 +37,16 @@ _GENERATION = (
 INERT: dict[str, str] = {
     **dict.fromkeys(_GENERATION, "a setting of generation, from when config.json held them"),
     **dict.fromkeys(
-        ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id"), "an id for tokenizing and stopping"
+        (
+            "bos_token_id",
+            "eos_token_id",
+            "pad_token_id",
+            "sep_token_id",
+            "unk_token_id",
+            "cls_token_id",
+            "mask_token_id",
+        ),
+        "an id for tokenizing and stopping",
     ),
     **dict.fromkeys(("decoder_start_token_id", "prefix", "tokenizer_class"), "a setting of the tokenizer"),
     **dict.fromkeys(("id2label", "label2id", "num_labels", "problem_type"), "read by classifiers only"),
@@ -45,17 +54,28 @@ INERT: dict[str, str] = {
     **dict.fromkeys(
         ("name_or_path", "_name_or_path", "_commit_hash", "transformers_version"), "says where it is from"
     ),
-    **dict.fromkeys(("unsloth_fixed", "unsloth_version", "is_llama_config"), "says which tool wrote it"),
     **dict.fromkeys(
-        ("use_cache", "return_dict", "output_attentions", "output_hidden_states"), "what a call returns"
+        ("unsloth_fixed", "unsloth_version", "is_llama_config", "transformers.js_config"),
+        "says which tool wrote it",
+    ),
+    **dict.fromkeys(
+        ("use_cache", "return_dict", "output_attentions", "output_hidden_states", "num_logits_to_keep"),
+        "what a call returns",
     ),
     **dict.fromkeys(("output_router_logits", "tie_last_hidden_states", "torchscript"), "what a call returns"),
     **dict.fromkeys(
-        ("attn_implementation", "_attn_implementation", "_attn_implementation_autoset"), "which kernel runs"
+        (
+            "attn_implementation",
+            "_attn_implementation",
+            "_attn_implementation_autoset",
+            "_flash_attn_2_enabled",
+        ),
+        "which kernel runs",
     ),
     **dict.fromkeys(("experts_implementation", "_experts_implementation"), "which kernel runs"),
     **dict.fromkeys(
-        ("gradient_checkpointing", "tf_legacy_loss", "use_bfloat16"), "read by training code only"
+        ("gradient_checkpointing", "tf_legacy_loss", "use_bfloat16", "neftune_noise_alpha"),
+        "read by training code only",
     ),
     "pretraining_tp": "splits products into slices that are added again",
     "max_sequence_length": "a second name of the context that no class reads",

@@ -129,7 +129,7 @@ def test_what_does_not_fit_is_one_clear_message(
         ("export", base, new, "--to", "jaxlm", "--adapter", base): "no adapter",
         ("export", other, new, "--to", "jaxlm", "--adapter", ours): "expected",
         ("export", base, new, "--to", "peft"): "no adapter",
-        ("import", bad, new, "--base", base): "not finite",
+        ("import", bad, new, "--base", base): "NaN",
         ("export", ours, new, "--to", "hf"): "--adapter",
     }.items():
         said = call(list(words), capsys, monkeypatch)

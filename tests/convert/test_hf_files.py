@@ -116,7 +116,7 @@ def test_an_index_that_is_no_index_is_refused(sharded: Path) -> None:
     """Not JSON, a key twice, no weight_map."""
     for text, part in (
         ("{", "not JSON"),
-        ('{"a": 1, "a": 2}', "a stands twice"),
+        ('{"a": 1, "a": 2}', "'a' stands twice"),
         ('{"weight_map": [1]}', "weight_map"),
     ):
         (sharded / INDEX).write_text(text)

@@ -143,16 +143,14 @@ CASES: dict[str, Case] = {
     ),
     "a width below zero": Case("hf", config(hidden_size=-24), ("-24",)),
     "a width that is text": Case("hf", config(hidden_size="24"), ("hidden_size", "24")),
-    "a width that is huge": Case(
-        "hf", config(hidden_size=10**15), ("lm_head.weight: got (61, 24), expected (61, 1000000000000000)",)
-    ),
+    "a width that is huge": Case("hf", config(hidden_size=10**15), ("d_model=1000000000000000",)),
     "more layers than a file can hold": Case("hf", config(num_hidden_layers=10**9), ("num_hidden_layers",)),
     "more experts than a file can hold": Case("moe", config(num_local_experts=10**9), ("num_local_experts",)),
     "heads that do not divide": Case("hf", config(num_key_value_heads=4), ("n_heads=6", "n_kv_heads=4")),
     "eps that is no number": Case(
         "hf",
         lambda d: text("config.json", (d / "config.json").read_text().replace("3e-06", "NaN"))(d),
-        ("nan",),
+        ("NaN",),
     ),
     "a padded vocabulary": Case("hf", config(vocab_size=57), (EMBED, "61", "57")),
     "only a pickle": Case(

@@ -384,7 +384,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "targets elsewhere": ({"target_modules": ".*fc[12]"}, {}, ["targets no weight of this model"]),
     "no targets": ({"target_modules": None}, {}, ["both empty"]),
     "nonsense numbers": ({"r": 0}, {}, ["rank=0"]),
-    "infinite alpha": ({"lora_alpha": float("inf")}, {}, ["alpha=inf"]),
+    "infinite alpha": ({"lora_alpha": float("inf")}, {}, ["Infinity"]),
     "unknown and embedding targets": (
         {"target_modules": ["q_proj", "c_attn", "embed_tokens"]},
         {},

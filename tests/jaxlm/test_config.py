@@ -104,7 +104,7 @@ def test_unknown_and_mistyped_keys_are_named_by_their_path(values: dict, words: 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"[1, 2]", "the config must be an object"),
+        (b"[1, 2]", "must hold an object"),
         (b"{", "Expecting property name"),
         (b"", "Expecting value"),
         (b"\xff\xfe{}", "utf-8"),

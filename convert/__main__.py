@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import numpy as np
 import tyro
 
 from convert import key_report, prove
 from convert.targets import Target, open_target
-from convert.writers import WRITERS, Choices, Dtype, Format, dtype_of, gguf_tokenizer
+from convert.writers import WRITERS, Choices, Dtype, Format, dtype_of, gguf_kind, gguf_tokenizer
 from jaxlm import model_dir
 from jaxlm.cli import main_guard, need, parse, say
 from jaxlm.config import ConfigError, InputError, nearest, to_dict
@@ -205,22 +206,13 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
 
 def _write(target: Target, format: str, options: Common, choices: Choices) -> int:
     """Writes, proves if asked to, and puts the directory in its place."""
-    destination = Path(getattr(options, "destination"))  # noqa: B009
-    if options.parity:
-        need("torch")
-        if options.dtype == "q8_0":
-            raise ConfigError("--parity is exact and q8_0 rounds; leave one of them out")
-        if format == "pt":
-            raise ConfigError(
-                "--parity opens what --to torch writes, the same weights; --to pt has no reader of its own"
-            )
-        prove.require_memory(target.config)
-    _require_free(target.path, destination, options.overwrite)
+    destination = _require_possible(target, format, options)
     contents = target.contents
     total = sum(_nbytes(t) for t in contents.tensors.values())
     started = time.perf_counter()
     with model_dir.staged(destination, options.overwrite) as staging:
-        with _bar(f"writing {format}", total) as progress:
+        # What does not fit the smaller dtype is refused by name; numpy's own warning would come before that.
+        with _bar(f"writing {format}", total) as progress, np.errstate(over="ignore"):
             written = WRITERS[format](target, staging, choices, progress)
         passed = _proved(target, format, staging, choices) if options.parity else True
         if not passed:
@@ -272,11 +264,9 @@ def _proved(target: Target, format: str, staging: Path, choices: Choices) -> boo
 
 
 def _report(target: Target, format: str, pairs: list[Any], options: Common, inverse: bool) -> int:
-    """What would be written; refuses what writing would refuse before it starts."""
-    _require_free(target.path, Path(getattr(options, "destination")), options.overwrite)  # noqa: B009
+    """What would be written."""
+    _require_possible(target, format, options)
     contents = target.contents
-    if format == "gguf" and options.tokenizer:
-        gguf_tokenizer(target)
     for line in key_report.lines(pairs, contents.tensors, inverse):
         print(line)
     rounded = f", rounded to {options.dtype}" if options.dtype else ""
@@ -288,6 +278,30 @@ def _report(target: Target, format: str, pairs: list[Any], options: Common, inve
     for note in contents.notes:
         say(f"note: {note}")
     return 0
+
+
+def _require_possible(target: Target, format: str, options: Common) -> Path:
+    """The destination; refuses what needs no writing to be refused, so that a dry run says it too."""
+    destination = Path(getattr(options, "destination"))  # noqa: B009
+    if options.parity:
+        need("torch")
+        if options.dtype == "q8_0":
+            raise ConfigError("--parity is exact and q8_0 rounds; leave one of them out")
+        if format == "pt":
+            raise ConfigError(
+                "--parity opens what --to torch writes, the same weights; --to pt has no reader of its own"
+            )
+        prove.require_memory(target.config)
+    if format == "gguf":
+        gguf_kind(target, options.dtype)
+        if options.tokenizer:
+            gguf_tokenizer(target)
+    elif format == "onnx" and options.dtype not in ("", "float32", "float64"):
+        raise ConfigError(f"--dtype {options.dtype} is not for --to onnx; choose float32 or float64")
+    else:
+        dtype_of(options.choices())
+    _require_free(target.path, destination, options.overwrite)
+    return destination
 
 
 def _require_free(source: Path, destination: Path, overwrite: bool) -> None:

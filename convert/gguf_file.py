@@ -24,7 +24,7 @@ from convert.gguf_config import (
     rope_factors,
 )
 from convert.gguf_header import Header, Stored, read_header, reader
-from convert.gguf_tokenizer import read_tokenizer, refused_tokenizer, tokenizer_metadata
+from convert.gguf_tokenizer import read_specials, read_tokenizer, refused_tokenizer, tokenizer_metadata
 from convert.rules import (
     FIRST_HALF,
     SAME,
@@ -37,6 +37,7 @@ from convert.rules import (
     pair_up,
     require,
 )
+from convert.specials import Specials
 from convert.stream import copy_blocked, guarded, there
 from jaxlm.config import ModelConfig
 from jaxlm.model import abstract_model
@@ -104,9 +105,10 @@ def _library() -> Any:
     return gguf
 
 
-def refusals(config: ModelConfig, tokenizer: Tokenizer | None) -> list[str]:
+def refusals(config: ModelConfig, tokenizer: Tokenizer | None, specials: Specials | None = None) -> list[str]:
     """Everything that a GGUF file of this architecture cannot say about the model and its tokenizer, a line each."""
-    return refused_fields(config) + (refused_tokenizer(tokenizer, config.vocab_size) if tokenizer else [])
+    refused = refused_tokenizer(tokenizer, config.vocab_size, specials) if tokenizer else []
+    return refused_fields(config) + refused
 
 
 def write(
@@ -117,6 +119,7 @@ def write(
     kind: Kind,
     tokenizer: Tokenizer | None,
     name: str,
+    specials: Specials | None = None,
     progress: Callable[[int], None] = lambda n: None,
 ) -> dict[str, str]:
     """Writes a model, tensor by tensor, in pieces; what could not be written whole is removed.
@@ -128,6 +131,7 @@ def write(
         kind: of the matrices. Under q8_0 a matrix whose rows are no multiple of 32 is written as F16.
         tokenizer: None writes a file that knows ids only.
         name: what the file calls the model.
+        specials: of the tokenizer; None = what its own names say.
         progress: told the bytes of each piece written.
 
     Returns:
@@ -137,7 +141,7 @@ def write(
         ConversionError: something is refused, missing or misshapen, or a value is beyond what `kind` can hold.
     """
     gguf = _library()
-    problems = refusals(config, tokenizer) + _refused_name(name)
+    problems = refusals(config, tokenizer, specials) + _refused_name(name)
     if problems:
         raise ConversionError("\n".join(problems))
     plans = there(pairs(config), tensors)
@@ -155,7 +159,7 @@ def write(
     }
     facts |= {"general.quantization_version": gguf.GGML_QUANT_VERSION} if kind == "q8_0" else {}
     facts |= metadata(config) | {CONFIG_KEY: config_json(config)}
-    facts |= tokenizer_metadata(tokenizer, config.vocab_size)
+    facts |= tokenizer_metadata(tokenizer, config.vocab_size, specials)
     for key, value in facts.items():
         _add(writer, key, value)
     for target, plan in plans.items():
@@ -250,6 +254,7 @@ class Source:
     config: ModelConfig
     tensors: dict[str, Planned]
     tokenizer: Tokenizer | None
+    specials: Specials | None  # what the file says of its special tokens
     notes: list[str]
 
 
@@ -283,7 +288,7 @@ def _read(path: Path, header: Header) -> Source:
         groups.setdefault(pair.path, []).append(pair)
     plans = {ours: _planned(path, group, stored) for ours, group in groups.items()}
     tokenizer, remark = read_tokenizer(header.metadata, config.vocab_size)
-    return Source(config, plans, tokenizer, notes + remark)
+    return Source(config, plans, tokenizer, read_specials(header.metadata, config.vocab_size), notes + remark)
 
 
 def _planned(path: Path, group: list[Pair], stored: Mapping[str, Stored]) -> Planned:

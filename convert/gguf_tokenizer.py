@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from convert.gguf_header import Value
+from convert.specials import Specials, of_tokenizer
 from jaxlm.tokenizer import _GPT2_PATTERN, PATTERN, Tokenizer, TokenizerError
 
 _LLAMA3 = (
@@ -29,11 +30,6 @@ _WHOLE_PIECES = {"llama-bpe"}  # where a piece that is a token is never split, w
 _FROM_PLAIN_TEXT = {"<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"}  # by llama.cpp, unasked
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
 
 def _facts(tokenizer: Tokenizer) -> dict[str, Any]:
     """The tokenizer as its file says it."""
@@ -46,7 +42,7 @@ def _pattern(facts: Mapping[str, Any]) -> str:
     return facts["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
 
 
-def refused_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> list[str]:
+def refused_tokenizer(tokenizer: Tokenizer, vocab_size: int, specials: Specials | None = None) -> list[str]:
     """Why llama.cpp would not give the same ids, one line each; empty where it does."""
     facts, problems = _facts(tokenizer), []
     if tokenizer.vocab_size > vocab_size:
@@ -67,18 +63,22 @@ def refused_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> list[str]:
             )
     if not facts["model"]["merges"]:
         problems.append("tokenizer: it has no merges at all, without which llama.cpp does not load it")
-    specials = [token["content"] for token in facts["added_tokens"]]
-    for text in specials:
+    for text in (token["content"] for token in facts["added_tokens"]):
         if not text or text in vocab or text in _FROM_PLAIN_TEXT:
             problems.append(f"tokenizer: llama.cpp would take ordinary text for the special token {text!r}")
         elif _is_one_piece(text, pattern):
             problems.append(
                 f"tokenizer: the ordinary word {text!r} would become the special token of this name"
             )
-    if tokenizer.eos_id is None:
-        problems.append(
-            "tokenizer: it has neither <|eos|> nor <|endoftext|>, for which llama.cpp would take token 11"
-        )
+    specials = specials or of_tokenizer(tokenizer)
+    if not specials.eos:
+        problems.append("tokenizer: no token is said to end a text, for which llama.cpp would take token 11")
+    named = {"bos": specials.bos, "eos": max(specials.eos, default=None), "pad": specials.pad}
+    problems += [
+        f"tokenizer: {role}_token_id={i} in a model of vocab_size={vocab_size}"
+        for role, i in named.items()
+        if i is not None and i >= vocab_size
+    ]
     return problems
 
 
@@ -93,7 +93,7 @@ def _is_one_piece(text: str, pattern: str) -> bool:
 
 
 def tokenizer_metadata(
-    tokenizer: Tokenizer | None, vocab_size: int
+    tokenizer: Tokenizer | None, vocab_size: int, specials: Specials | None = None
 ) -> dict[str, bool | int | str | list[Any]]:
     """The keys of a tokenizer that is not refused, padded to the model's vocabulary; None says that there is none."""
     if tokenizer is None:
@@ -105,10 +105,12 @@ def tokenizer_metadata(
         tokens[i], types[i] = text, _NORMAL
     for token in facts["added_tokens"]:
         tokens[token["id"]], types[token["id"]] = token["content"], _CONTROL
+    specials = specials or of_tokenizer(tokenizer)
     ids = {
-        "bos": tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id,
-        "eos": tokenizer.eos_id,
-        "padding": tokenizer.pad_id,
+        "bos": specials.eos[0] if specials.bos is None else specials.bos,
+        "eos": specials.eos[0],
+        "eot": specials.eos[1] if len(specials.eos) > 1 else None,  # llama.cpp stops at this one too
+        "padding": specials.pad,
     }
     keys: dict[str, Any] = {
         "model": "gpt2",
@@ -116,11 +118,11 @@ def tokenizer_metadata(
         "tokens": tokens,
         "token_type": types,
         "merges": [" ".join(pair) for pair in facts["model"]["merges"]],
-        "add_bos_token": False,
+        "add_bos_token": specials.adds_bos,
         "add_eos_token": False,
         "add_space_prefix": False,
     } | {f"{what}_token_id": i for what, i in ids.items() if i is not None}
-    chat = {"tokenizer.chat_template": CHATML} if {"<|im_start|>", "<|im_end|>"} <= set(tokens) else {}
+    chat = {} if specials.chat_template is None else {"tokenizer.chat_template": specials.chat_template}
     return {f"tokenizer.ggml.{key}": value for key, value in keys.items()} | chat
 
 
@@ -148,6 +150,23 @@ def read_tokenizer(facts: Mapping[str, Value], vocab_size: int) -> tuple[Tokeniz
             error
         )  # without the name of our file
         return None, [f"the tokenizer was left out: {reason}"]
+
+
+def read_specials(facts: Mapping[str, Value], vocab_size: int) -> Specials | None:
+    """What a file says of its special tokens, None where it has no tokenizer."""
+    if facts.get("tokenizer.ggml.model", "none") in ("none", "no_vocab"):
+        return None
+
+    def found(role: str) -> int | None:
+        value = facts.get(f"tokenizer.ggml.{role}_token_id")
+        return value if type(value) is int and 0 <= value < vocab_size else None
+
+    eos = tuple(dict.fromkeys(i for i in (found("eos"), found("eot")) if i is not None))
+    template = facts.get("tokenizer.chat_template")
+    adds = facts.get("tokenizer.ggml.add_bos_token") is True
+    return Specials(
+        found("bos"), eos, found("padding"), template if isinstance(template, str) else None, adds
+    )
 
 
 def _loaded(pattern: str, tokens: list[str], types: list[int], merges: list[str]) -> Tokenizer:

@@ -8,7 +8,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -61,12 +61,25 @@ def compare(
 
 
 def _trained_as(config: ModelConfig, other: ModelConfig) -> ModelConfig:
-    """The configuration with what only training sees taken from the other: most formats have no place for it."""
+    """The configuration with what says nothing about the forward pass taken from the other.
+
+    Most formats have no place for what only training sees, for sizes that no layer has, or for how a cycle is spelled.
+    """
     moe = {
         name: getattr(other.moe, name)
         for name in ("balance", "balance_coef", "router_z_coef", "capacity_factor")
     }
-    same = {name: getattr(other, name) for name in ("dropout", "init", "init_std")}
+    same: dict[str, Any] = {name: getattr(other, name) for name in ("dropout", "init", "init_std")}
+    layers = range(config.n_layers)
+    if all(map(config.is_moe, layers)):
+        same["d_ff"] = other.d_ff
+    if [config.window(i) for i in layers] == [other.window(i) for i in layers]:
+        same["windows"] = other.windows
+    if config.moe.n_experts == other.moe.n_experts == 0:
+        return dataclasses.replace(config, **same, moe=other.moe)
+    moe["d_ff"] = other.moe.d_ff if config.expert_d_ff == other.expert_d_ff else config.expert_d_ff
+    if [config.is_moe(i) for i in layers] == [other.is_moe(i) for i in layers]:
+        moe["pattern"] = other.moe.pattern
     return dataclasses.replace(config, **same, moe=dataclasses.replace(config.moe, **moe))
 
 

@@ -18,7 +18,6 @@ from jaxlm.tensor_file import Box, Lazy, Planned, boxes
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _ROWS, _COLUMNS = 1024, 16  # of a block: each line of the source is used up before it leaves the cache
 _REACH = 16 << 20  # bytes of a source that are mapped at once
-_SCAN = 1 << 17  # values tested at once, few enough to stay in the cache
 
 
 class _Piece(NamedTuple):
@@ -135,12 +134,10 @@ def _count_not_finite(piece: np.ndarray) -> int:
         return 0 if np.isfinite(total) else int(piece.size - np.count_nonzero(np.isfinite(piece)))
     if piece.dtype != BFLOAT16:
         return 0
-    bits, bad = piece.reshape(-1).view(np.uint16), 0
-    for start in range(0, bits.size, _SCAN):  # numpy's own test goes value by value here
-        exponents = bits[start : start + _SCAN] & 0x7F80
-        if exponents.max() == 0x7F80:  # all exponent bits set: NaN or infinity
-            bad += int(np.count_nonzero(exponents == 0x7F80))
-    return bad
+    flat = piece.reshape(-1)
+    if not flat.size or (flat.view(np.int16).max() < 0x7F80 and flat.view(np.uint16).max() < 0xFF80):
+        return 0  # all exponent bits set says NaN or infinity; numpy's own test goes value by value here
+    return int(np.count_nonzero((flat.view(np.uint16) & 0x7F80) == 0x7F80))
 
 
 def array(planned: Planned) -> np.ndarray:

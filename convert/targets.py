@@ -20,7 +20,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from convert.kept import kept
+from convert.specials import Specials, of_files, of_tokenizer
 from jaxlm.config import InputError, ModelConfig, RunConfig, load
+from jaxlm.json_file import read_object
 from jaxlm.model_dir import CONFIG, INDEX, read_manifest
 from jaxlm.run_dir import RunDir
 from jaxlm.tensor_file import Lazy, TensorFileError, open_file, read_header
@@ -34,7 +37,6 @@ if TYPE_CHECKING:
 
 TORCH_CHECKPOINTS = "checkpoints-torch"  # of a run that torchref trained: latest/ and best/
 WEIGHTS, OPTIMIZER, FACTS = "model.safetensors", "optimizer.safetensors", "training.json"
-SOURCE = "source"  # of a model directory: the files of the format that it was imported from
 Kind = Literal["run", "jaxlm", "torch", "hf", "gguf", "gptoss"]
 _EXPECTED = (
     "a target is a run, a model directory with config.json and model.safetensors (jaxlm, torchref or Hugging Face), "
@@ -64,6 +66,7 @@ class Contents:
     raw: dict[str, Any] | None = None  # Hugging Face's config.json
     carried: Mapping[str, Path] = field(default_factory=dict)  # tokenizer and generation files of that format
     tokenizer: Tokenizer | None = None  # where the format holds one of its own
+    specials: Specials | None = None  # likewise
     notes: tuple[str, ...] = ()
     family: str | None = None  # of a Hugging Face directory
 
@@ -118,6 +121,18 @@ class Target:
                 f"{self.path} has no tokenizer.json; copy there the one that the model was trained with"
             )
         return Tokenizer.load(path)
+
+    @functools.cached_property
+    def specials(self) -> Specials:
+        """Which ids start, end and pad, and the chat template: as its files say, or as the tokenizer's names do."""
+        if self.run is None:
+            found = self.contents.specials or of_files(self.contents.raw, self.contents.carried)
+            if found is not None:
+                return found
+        try:
+            return of_tokenizer(self.tokenizer)
+        except InputError:
+            return Specials()
 
     @functools.cached_property
     def contents(self) -> Contents:
@@ -217,7 +232,7 @@ def open_weights(directory: Path) -> dict[str, Lazy]:
         return open_file(directory / WEIGHTS)
     index, problems, tensors = _weight_map(directory), [], {}
     for file in sorted(set(index.values())):
-        if Path(file).name != file:
+        if not file or Path(file).name != file or len(file) > 255:
             problems.append(f"{INDEX}: {file!r} is not a file of this directory")
             continue
         try:
@@ -241,7 +256,6 @@ def load_params(tensors: Mapping[str, Lazy], config: ModelConfig, mesh: "Mesh | 
     Raises TargetError where the weights are float64 and jax would narrow them.
     """
     import jax
-    import jax.numpy as jnp
 
     from jaxlm.model import abstract_model
     from jaxlm.sharding import sharding
@@ -249,9 +263,11 @@ def load_params(tensors: Mapping[str, Lazy], config: ModelConfig, mesh: "Mesh | 
     if not jax.config.jax_enable_x64 and any(t.dtype == np.float64 for t in tensors.values()):
         raise TargetError("the weights are float64: set JAX_ENABLE_X64=1, or jax would narrow them")
     if mesh is None:
+        # Never the file's own pages; and no second tensor is read before this one is placed.
         return {
-            path: jnp.array(tensor.read()) for path, tensor in tensors.items()
-        }  # never the file's own pages
+            path: jax.device_put(tensor.read(), may_alias=False).block_until_ready()
+            for path, tensor in tensors.items()
+        }
     axes = abstract_model(config).axes
     params = {}
     for path, tensor in tensors.items():
@@ -287,7 +303,9 @@ def _open_single(path: Path, checkpoint: str, optimizer: bool) -> Target:
 
         found = gguf_file.read(path)
         tensors = {name: stream.lazy(planned, str(path)) for name, planned in found.tensors.items()}
-        contents = Contents(tensors, tokenizer=found.tokenizer, notes=tuple(found.notes))
+        contents = Contents(
+            tensors, tokenizer=found.tokenizer, specials=found.specials, notes=tuple(found.notes)
+        )
         return Target(path, found.config, None, checkpoint, "gguf", contents)
     if path.suffix in (".pt", ".pth"):
         from convert import gptoss
@@ -331,10 +349,7 @@ def _of_jaxlm(path: Path, config: ModelConfig) -> Contents:
     same = [Pair(name, shape, name, SAME) for name, shape in shapes.items()]
     require(same, tensors)
     moments = _stored_moments(path, {"m": "m", "v": "v"}, lambda part: (require(same, part), part)[1])
-    folder = path / SOURCE
-    carried = {p.name: p for p in sorted(folder.iterdir()) if p.name != CONFIG} if folder.is_dir() else {}
-    raw = json.loads((folder / CONFIG).read_text(encoding="utf-8")) if (folder / CONFIG).is_file() else None
-    return Contents({name: tensors[name] for name in shapes}, moments, raw, carried)
+    return Contents({name: tensors[name] for name in shapes}, moments, *kept(path))
 
 
 def _of_torch(path: Path, config: ModelConfig) -> Contents:
@@ -348,7 +363,8 @@ def _of_torch(path: Path, config: ModelConfig) -> Contents:
         return {name: stream.lazy(planned, str(path)) for name, planned in stream.here(pairs, part).items()}
 
     tensors = ours(stored)
-    return Contents(tensors, _stored_moments(path, {"m": "exp_avg", "v": "exp_avg_sq"}, ours))
+    moments = _stored_moments(path, {"m": "exp_avg", "v": "exp_avg_sq"}, ours)
+    return Contents(tensors, moments, *kept(path))
 
 
 def _require_layers(config: ModelConfig, count: int, path: Path) -> None:
@@ -367,8 +383,10 @@ def _stored_moments(path: Path, slots: dict[str, str], ours: Any) -> Moments | N
     if not stored:
         return None
     try:
-        step = int(json.loads((path / FACTS).read_text(encoding="utf-8"))["step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        step = read_object(path / FACTS)["step"]
+        if type(step) is not int or step < 0:
+            raise ValueError(f"step={step!r} must be a count of steps")
+    except (OSError, ValueError, KeyError) as error:
         raise TargetError(f"{path / FACTS} cannot be read: {error}") from None
     split = {
         slot: {name.partition(":")[2]: t for name, t in stored.items() if name.partition(":")[0] == theirs}
@@ -380,10 +398,10 @@ def _stored_moments(path: Path, slots: dict[str, str], ours: Any) -> Moments | N
 def _weight_map(directory: Path) -> dict[str, str]:
     path = directory / INDEX
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        if not index or not all(isinstance(file, str) for file in index.values()):
-            raise TypeError("weight_map must name a file for each tensor")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        index = read_object(path)["weight_map"]
+        if not index or not all(isinstance(file, str) and file.isprintable() for file in index.values()):
+            raise ValueError("weight_map must name a file for each tensor")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
         raise TensorFileError(f"{path}: cannot be read ({error})") from None
     return dict(index)
 

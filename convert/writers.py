@@ -4,7 +4,6 @@ Every writer takes an opened target and returns where its tensors lie, with thei
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,8 @@ from typing import Any, Literal, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from convert import stream
-from convert.targets import FACTS, OPTIMIZER, SOURCE, Moments, Target
+from convert import carry, stream
+from convert.targets import FACTS, OPTIMIZER, Moments, Target
 from jaxlm import model_dir
 from jaxlm.config import ConfigError, InputError, save
 from jaxlm.model_dir import CONFIG, Progress, Stored
@@ -74,13 +73,7 @@ def write_jaxlm(target: Target, out: Path, choices: Choices, progress: Progress)
     if choices.optimizer and contents.moments is not None:
         parts = _slots(contents.moments, ("m", "v"), lambda part: stream.cast(part, None))
         stored |= _write_moments(out, parts, contents.moments.step, "jaxlm", progress)
-    if contents.raw is not None or contents.carried:
-        (out / SOURCE).mkdir()
-        if contents.raw is not None:
-            _keep_config(target, contents.raw, choices.dtype, out / SOURCE / CONFIG)
-        for name, path in _carried(target, choices).items():
-            shutil.copyfile(path, out / SOURCE / name)
-    return Written(stored, _tokenizer_file(target, out, choices))
+    return Written(stored, carry.keep(target, out, choices.dtype, choices.tokenizer))
 
 
 def write_torch(target: Target, out: Path, choices: Choices, progress: Progress) -> Written:
@@ -94,7 +87,7 @@ def write_torch(target: Target, out: Path, choices: Choices, progress: Progress)
     if choices.optimizer and contents.moments is not None:
         parts = _slots(contents.moments, ("exp_avg", "exp_avg_sq"), lambda part: stream.there(pairs, part))
         stored |= _write_moments(out, parts, contents.moments.step, "pt", progress)
-    return Written(stored, _tokenizer_file(target, out, choices))
+    return Written(stored, carry.keep(target, out, choices.dtype, choices.tokenizer))
 
 
 def write_pt(target: Target, out: Path, choices: Choices, progress: Progress) -> Written:
@@ -109,7 +102,7 @@ def write_pt(target: Target, out: Path, choices: Choices, progress: Progress) ->
             progress(plan.nbytes)
 
     _finite(plans, lambda p: pt_file.write(out, target.config, made(p)))
-    return Written({}, _tokenizer_file(target, out, choices))
+    return Written({}, carry.keep(target, out, choices.dtype, choices.tokenizer))
 
 
 def write_hf(target: Target, out: Path, choices: Choices, progress: Progress) -> Written:
@@ -117,7 +110,11 @@ def write_hf(target: Target, out: Path, choices: Choices, progress: Progress) ->
     from convert import hf
 
     contents = target.contents
-    tokenizer = _tokenizer(target) if choices.tokenizer and "tokenizer.json" not in contents.carried else None
+    if choices.tokenizer:
+        carry.require_vocabulary(target, target.config)
+    tokenizer = (
+        carry.tokenizer_of(target) if choices.tokenizer and "tokenizer.json" not in contents.carried else None
+    )
     written = hf.write(
         out,
         target.config,
@@ -127,7 +124,8 @@ def write_hf(target: Target, out: Path, choices: Choices, progress: Progress) ->
         layout=choices.experts,  # type: ignore[arg-type]
         raw=contents.raw,
         tokenizer=tokenizer,
-        carried=_carried(target, choices),
+        carried=carry.carried(target, choices.tokenizer),
+        specials=target.specials,
         max_shard_bytes=choices.max_shard_bytes,
         progress=progress,
     )
@@ -147,20 +145,15 @@ def write_gguf(target: Target, out: Path, choices: Choices, progress: Progress) 
     from convert import gguf_file
     from convert.gguf_header import read_header
 
-    kinds = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "q8_0": "q8_0"}
-    stored_as = next(iter(target.contents.tensors.values())).dtype.name
-    kind = kinds.get(choices.dtype or stored_as)
-    if kind is None:
-        raise ConfigError(
-            f"GGUF has no {choices.dtype or stored_as}: choose --dtype float32, float16, bfloat16 or q8_0"
-        )
+    kind = gguf_kind(target, choices.dtype)
     tokenizer = gguf_tokenizer(target) if choices.tokenizer else None
     digests = gguf_file.write(
         out / "model.gguf",
         target.config,
         target.contents.tensors,
-        kind=kind,  # type: ignore[arg-type]
+        kind=kind,
         tokenizer=tokenizer,
+        specials=target.specials,
         name=target.path.resolve().name,
         progress=progress,
     )
@@ -180,18 +173,27 @@ def write_gguf(target: Target, out: Path, choices: Choices, progress: Progress) 
     )
 
 
+def gguf_kind(target: Target, dtype: str) -> Any:
+    """GGUF's word for a dtype, or for the one that is stored. Raises ConfigError where it has none."""
+    kinds = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "q8_0": "q8_0"}
+    dtype = dtype or next(iter(target.contents.tensors.values())).dtype.name
+    if dtype not in kinds:
+        raise ConfigError(f"GGUF has no {dtype}: choose --dtype float32, float16, bfloat16 or q8_0")
+    return kinds[dtype]
+
+
 def gguf_tokenizer(target: Target) -> Tokenizer:
     """The tokenizer of a target. Raises ConfigError with every reason why llama.cpp would not give its ids."""
     from convert.gguf_tokenizer import refused_tokenizer
 
     advice = "--no-tokenizer writes a file without"
     try:
-        tokenizer = _tokenizer(target)
+        tokenizer = carry.tokenizer_of(target)
     except TokenizerError as error:
         raise ConfigError(f"{error}; {advice}") from None
     if tokenizer is None:
         raise ConfigError(f"{target.path} has no tokenizer that GGUF could carry; {advice}")
-    refused = refused_tokenizer(tokenizer, target.config.vocab_size)
+    refused = refused_tokenizer(tokenizer, target.config.vocab_size, target.specials)
     if refused:
         raise ConfigError("\n".join([*refused, advice]))
     return tokenizer
@@ -207,7 +209,7 @@ def write_onnx(target: Target, out: Path, choices: Choices, progress: Progress) 
     )
     facts = onnx_graph.write(out, target.decoder.cpu(), dtype=choices.dtype or "float32", progress=progress)
     save(target.config, out / CONFIG)
-    notes = _tokenizer_file(target, out, choices)
+    notes = carry.keep(target, out, choices.dtype, choices.tokenizer)
     return Written({}, (*notes, *facts.get("notes", ())))
 
 
@@ -219,13 +221,22 @@ def write_gptoss(target: Target, out: Path, choices: Choices, progress: Progress
     moments = contents.moments if choices.optimizer else None
     step = contents.moments.step if contents.moments is not None else 0
 
-    def write(plans: dict[str, Planned]) -> None:
-        tensors = {name: stream.lazy(plan) for name, plan in plans.items()}
-        path = out / "model.pt"
-        gptoss.write(path, target.config, tensors, step=step, moments=moments, progress=progress)
+    plans = stream.cast(contents.tensors, dtype_of(choices))
+    if moments is not None:
+        plans |= _slots(moments, ("m", "v"), lambda part: stream.cast(part, None))
 
-    _finite(stream.cast(contents.tensors, dtype_of(choices)), write)
-    return Written({}, _tokenizer_file(target, out, choices))
+    def write(plans: dict[str, Planned]) -> None:
+        lazies = {name: stream.lazy(plan) for name, plan in plans.items()}
+        parts: dict[str, dict[str, Lazy]] = {"": {}, "m": {}, "v": {}}
+        for name, tensor in lazies.items():
+            slot, _, path = name.rpartition(":")
+            parts[slot][path] = tensor
+        tensors, m, v = parts.values()
+        kept = None if moments is None else Moments(m, v, moments.step)
+        gptoss.write(out / "model.pt", target.config, tensors, step=step, moments=kept, progress=progress)
+
+    _finite(plans, write)
+    return Written({}, carry.keep(target, out, choices.dtype, choices.tokenizer))
 
 
 WRITERS: dict[str, Writer] = {
@@ -264,46 +275,3 @@ def _write_moments(
     stored = _finite(parts, lambda p: model_dir.write_tensors(out, OPTIMIZER, p, format, progress))
     (out / FACTS).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
     return stored
-
-
-def _carried(target: Target, choices: Choices) -> dict[str, Path]:
-    """The files of an imported model that go along; how it generates is no part of its tokenizer."""
-    return {
-        name: path
-        for name, path in target.contents.carried.items()
-        if choices.tokenizer or name == "generation_config.json"
-    }
-
-
-def _keep_config(target: Target, raw: dict[str, Any], dtype: str, path: Path) -> None:
-    """The config.json that a model was imported with: byte for byte, unless it would name another dtype."""
-    folder = target.path if target.kind == "hf" else target.path / SOURCE
-    named = {key: dtype for key in ("dtype", "torch_dtype") if dtype and key in raw}
-    if named or not (folder / CONFIG).is_file():
-        model_dir.write_json(path, raw | named)
-    else:
-        shutil.copyfile(folder / CONFIG, path)
-
-
-def _tokenizer(target: Target) -> Any:
-    try:
-        return target.tokenizer
-    except TokenizerError:
-        raise
-    except InputError:
-        return None
-
-
-def _tokenizer_file(target: Target, out: Path, choices: Choices) -> tuple[str, ...]:
-    """Copies tokenizer.json as it is, whoever can read it; notes that there is none."""
-    if not choices.tokenizer:
-        return ()
-    if target.foreign is not None and target.foreign.tokenizer is not None:
-        target.foreign.tokenizer.save(out / "tokenizer.json")
-        return ()
-    folder = target.path if target.path.is_dir() else target.path.parent
-    found = target.contents.carried.get("tokenizer.json") or folder / "tokenizer.json"
-    if not found.is_file():
-        return ("no tokenizer: there is no tokenizer.json beside the weights",)
-    shutil.copyfile(found, out / "tokenizer.json")
-    return ()

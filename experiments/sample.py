@@ -47,7 +47,7 @@ class Sampler:
 
     def __init__(self, target: Target, options: SampleOptions):
         self.tokenizer = target.tokenizer
-        stop = () if self.tokenizer.eos_id is None else (self.tokenizer.eos_id,)
+        stop = tuple(i for i in target.specials.eos if i < target.config.vocab_size)
         self._stream, settings = _load(target, options.framework)
         self.settings = settings(
             max_new_tokens=options.max_new_tokens,

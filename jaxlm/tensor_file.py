@@ -5,6 +5,7 @@ format's own library does: keys that stand twice, sizes that do not add up, dtyp
 is wrong with a file is reported at once.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -41,6 +42,8 @@ DTYPES: dict[str, np.dtype] = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LONGEST_HEADER = 100_000_000  # bytes, the limit of the format's own library
+_CALL = 1 << 20  # bytes written by one call: the system finds room for few pages faster than for many
+_UNFLUSHED = 128 << 20  # bytes after which the disk is asked to begin
 _PIECE = 8 << 20  # bytes handled at once
 
 
@@ -299,12 +302,27 @@ def _write_values(
 ) -> dict[str, str]:
     digests = {name: hashlib.sha256() for name in tensors}
 
+    written = 0
+
     def write(name: str, raw: memoryview) -> None:
-        file.write(raw)
+        nonlocal written
+        for start in range(0, len(raw), _CALL):
+            file.write(raw[start : start + _CALL])
+        written += len(raw)
+        if written >= _UNFLUSHED:  # the disk works while the next pieces are made
+            flushing.offer(name, raw[:0])
+            written = 0
         progress(len(raw))
 
+    def flush(name: str, raw: memoryview) -> None:
+        os.fdatasync(file.fileno())
+
     # The threads take the same pieces at their own speed; few wait, so that little memory is held.
-    with _Worker(lambda name, raw: digests[name].update(raw)) as hashing, _Worker(write) as writing:
+    with (
+        _Worker(flush) as flushing,
+        _Worker(lambda name, raw: digests[name].update(raw)) as hashing,
+        _Worker(write) as writing,
+    ):
         for name, tensor in tensors.items():
             prepared = 0
             for piece in tensor.pieces():
@@ -334,6 +352,11 @@ class _Worker:
                 except BaseException as error:
                     self._failure = error
             del item  # or it would be held until the next one comes
+
+    def offer(self, name: str, raw: memoryview) -> None:
+        """Hands a piece over unless one is waiting already."""
+        with contextlib.suppress(queue.Full):
+            self._waiting.put_nowait((name, raw))
 
     def put(self, name: str, raw: memoryview) -> None:
         """Hands a piece over; waits while another one is waiting already."""

@@ -17,8 +17,9 @@ from convert import stream
 from convert.hf.config import from_model, to_model
 from convert.hf.families import Layout, layout_of, pairs
 from convert.hf.files import INDEX, common_dtype, index_json, open_checkpoint, plan_shards, read_json, usable
-from convert.hf.tokenizer import TOKENIZER_FILES, generation_config, special_ids, write_json, write_tokenizer
+from convert.hf.tokenizer import TOKENIZER_FILES, write_json, write_tokenizer
 from convert.rules import ConversionError
+from convert.specials import GENERATION, Specials, of_tokenizer
 from jaxlm.config import InputError, ModelConfig
 from jaxlm.tensor_file import Lazy, Planned, write_file
 from jaxlm.tokenizer import Tokenizer
@@ -106,6 +107,7 @@ def write(
     raw: Mapping[str, Any] | None = None,
     tokenizer: Tokenizer | None = None,
     carried: Mapping[str, Path] | None = None,
+    specials: Specials | None = None,
     max_shard_bytes: int = 5_000_000_000,
     progress: Callable[[int], None] = lambda n: None,
 ) -> Written:
@@ -120,6 +122,7 @@ def write(
         layout: of the experts; None = per_expert, which transformers 4 and 5 open.
         raw: the config.json the model was imported with.
         tokenizer: written unless `carried` holds one; its special ids are those of the config.
+        specials: of the tokenizer; None = what its own names say.
         carried: files to copy verbatim, by name.
         max_shard_bytes: largest file of weights.
         progress: called with the number of bytes of weights written.
@@ -130,7 +133,9 @@ def write(
     """
     directory, carried = Path(directory), dict(carried or {})
     own_tokenizer = None if _TOKENS & carried.keys() else tokenizer
-    ids = special_ids(own_tokenizer) if own_tokenizer is not None else None
+    if own_tokenizer is not None and specials is None:
+        specials = of_tokenizer(own_tokenizer)
+    ids = specials.config_ids() if own_tokenizer is not None and specials is not None else None
     values, notes = from_model(config, "float32", raw, family, ids)  # refuses before anything is written
     chosen, layout = str(values["model_type"]), layout or "per_expert"
     planned, faults = stream.guarded(stream.there(pairs(config, chosen, layout), tensors, dtype))
@@ -149,7 +154,8 @@ def write(
         (directory / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, directory / name)
     if own_tokenizer is not None:
-        write_tokenizer(own_tokenizer, directory, config.context, chosen)
-        if "generation_config.json" not in carried:
-            write_json(directory / "generation_config.json", generation_config(own_tokenizer))
+        assert specials is not None
+        write_tokenizer(own_tokenizer, directory, config.context, chosen, specials)
+        if GENERATION not in carried:
+            write_json(directory / GENERATION, specials.generation_config())
     return Written(hashes, chosen, layout, notes)

@@ -11,8 +11,9 @@ of QUESTIONS.json are optional:
     texts       list of strings to tokenize
     chat        list of messages {"role", "content"} for the chat template
 
-The answer holds `transformers`, `class`, `dtype`, `max_difference` and `largest` (of logits in float32), `generated`,
-`token_ids`, `decoded`, `chat`. Exits with 1 and one line if a key is missing, unexpected or of another shape.
+The answer holds `transformers`, `class`, `dtype`, `relative_error` (Euclidean norm), `max_difference` and `largest` (of
+logits in float32), `generated`, `token_ids`, `decoded`, `chat`. Exits with 1 and one line if a key is missing,
+unexpected or of another shape.
 """
 
 import json
@@ -46,6 +47,7 @@ def main(directory: str, questions: str) -> int:
             expected = np.load(asked["logits"], allow_pickle=False).astype(np.float64)
             logits = model(input_ids=ids).logits.double().numpy()
             answer |= {
+                "relative_error": float(np.linalg.norm(logits - expected) / np.linalg.norm(expected)),
                 "max_difference": float(np.abs(logits - expected).max()),
                 "largest": float(np.abs(expected).max()),
             }

@@ -289,7 +289,8 @@ def test_refusals_come_all_at_once_and_only_where_needed():
 
 
 @pytest.mark.parametrize(
-    ("kind", "value", "message"), [("f16", 1e5, "F16 cannot hold"), ("q8_0", np.nan, "not finite")]
+    ("kind", "value", "message"),
+    [("f16", 1e5, "F16 cannot hold"), ("q8_0", np.nan, "1 of 2048 values are not finite")],
 )
 def test_values_beyond_the_kind_are_refused_and_nothing_is_left(tmp_path, kind, value, message):
     """An infinity in place of a weight would be found by nobody."""

@@ -7,8 +7,9 @@ import pytest
 from helpers import random_params, tiny
 
 from convert import gguf_file
-from convert.gguf_tokenizer import CHATML, tokenizer_metadata
+from convert.gguf_tokenizer import tokenizer_metadata
 from convert.rules import ConversionError
+from convert.specials import CHATML
 from jaxlm.config import ModelConfig
 from jaxlm.tensor_file import Lazy
 from jaxlm.tokenizer import _GPT2_PATTERN, PATTERN, SPECIAL_TOKENS, Tokenizer
@@ -105,7 +106,7 @@ REFUSED = {
     "a letter as special token": (Tokenizer(PATTERN, SINGLE, END | {"A": 301}), "for the special token 'A'"),
     "a token that llama.cpp parses": (Tokenizer(PATTERN, SINGLE, END | {"<|start|>": 301}), "'<|start|>'"),
     "no merges": (Tokenizer(PATTERN, dict(list(SINGLE.items())[:256]), END), "no merges at all"),
-    "no end": (Tokenizer(PATTERN, SINGLE, {"<|bos|>": 300}), "neither <|eos|> nor <|endoftext|>"),
+    "no end": (Tokenizer(PATTERN, SINGLE, {"<|bos|>": 300}), "no token is said to end a text"),
     "more tokens than rows": (
         Tokenizer(PATTERN, SINGLE, END, 700),
         "700 tokens in a model of vocab_size=600",
@@ -144,7 +145,7 @@ def test_default_tokenizers_are_not_refused(tokenizer):
 def test_a_foreign_tokenizer_is_left_out_with_a_note(tokenizer, tmp_path, monkeypatch, key, value, message):
     """The model is read all the same."""
     facts = tokenizer_metadata(tokenizer, 340) | {key: value}
-    monkeypatch.setattr(gguf_file, "tokenizer_metadata", lambda tokenizer, vocab_size: facts)
+    monkeypatch.setattr(gguf_file, "tokenizer_metadata", lambda *given: facts)
     exported(tmp_path / "m.gguf", model(340), tokenizer)
     source = gguf_file.read(tmp_path / "m.gguf")
     assert source.tokenizer is None and message in source.notes[0]

@@ -95,13 +95,14 @@ def test_the_chat_template_is_chatml_and_ends_where_the_answer_begins(
 
 def test_a_tokenizer_without_turns_gets_no_template(tmp_path: Path) -> None:
     """One with nothing but <|endoftext|>."""
-    from convert.hf.tokenizer import generation_config, write_tokenizer
+    from convert.hf.tokenizer import write_tokenizer
+    from convert.specials import of_tokenizer
     from jaxlm.tokenizer import PATTERN
 
     plain = Tokenizer(PATTERN, {bytes([b]): b for b in range(256)}, {"<|endoftext|>": 256})
     write_tokenizer(plain, tmp_path, 128, "qwen2")
     assert not (tmp_path / "chat_template.jinja").exists()
-    assert generation_config(plain) == {"eos_token_id": 256}
+    assert of_tokenizer(plain).generation_config() == {"eos_token_id": 256}
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert (theirs.eos_token_id, theirs.bos_token_id, theirs.pad_token_id, len(theirs)) == (
         256,

@@ -241,6 +241,7 @@ def _write_adapter(
             print(f"{name}  {list(factor.shape)}  {factor.dtype}")
         return 0
     destination = Path(getattr(options, "destination"))  # noqa: B009
+    _require_free(opened.path, destination, options.overwrite)
     with model_dir.staged(destination, options.overwrite) as staging:
         stored = write(staging, lambda n: None)
         model_dir.write_manifest(staging, format, stored)

@@ -84,7 +84,16 @@ def _trained_as(config: ModelConfig, other: ModelConfig) -> ModelConfig:
 
 
 def export_and_prove(target: Target, out: Path, seed: int = 0) -> "Report":
-    """Writes a torchref checkpoint in the place of what is there, and compares what it holds with the target."""
+    """Writes a torchref checkpoint in the place of an older one, and compares what it holds with the target.
+
+    Raises ConfigError where something else has the place.
+    """
+    if (
+        out.exists()
+        and not (out / "model.safetensors").is_file()
+        and not (out.is_dir() and not any(out.iterdir()))
+    ):
+        raise ConfigError(f"{out} is there already and is no checkpoint; choose another name")
     with model_dir.staged(out, overwrite=True) as staging:
         written = writers.write_torch(target, staging, writers.Choices(optimizer=False), lambda n: None)
         model_dir.write_manifest(staging, "torch", written.tensors)

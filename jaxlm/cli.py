@@ -16,6 +16,11 @@ from typing import Any, TypeVar
 from jaxlm.config import ConfigError, InputError, MeshConfig, nearest
 
 A = TypeVar("A")
+_ORDINARY = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS} | {
+    errno.ENAMETOOLONG,
+    errno.EISDIR,
+    errno.ENOTDIR,
+}  # what a person can bring about: a full disk, a place that may not be written to, a name that cannot be
 
 
 def say(text: str) -> None:
@@ -34,7 +39,7 @@ def main_guard(main: Callable[[list[str]], int | None], failures: tuple[type[Exc
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+        if error.errno not in _ORDINARY:
             raise
         fail(f"{error.filename or 'output'}: {error.strerror}")
     except KeyboardInterrupt:

@@ -158,4 +158,9 @@ def write(
         write_tokenizer(own_tokenizer, directory, config.context, chosen, specials)
         if GENERATION not in carried:
             write_json(directory / GENERATION, specials.generation_config())
+    if layout == "fused" and config.moe.n_experts:
+        notes = (
+            *notes,
+            "stacked experts are the layout of transformers 5; version 4 would start them at random",
+        )
     return Written(hashes, chosen, layout, notes)

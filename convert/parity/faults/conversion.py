@@ -206,7 +206,7 @@ FAULTS = (
     Fault(
         "files hold float32",
         "conversion",
-        "convert.native.save_model",
+        "torchref.checkpoint.save_model",
         _saved_in_float32,
         "conversion",
         "attn.k_norm.weight",
@@ -214,7 +214,7 @@ FAULTS = (
     Fault(
         "rope_theta is not stored",
         "conversion",
-        "convert.native.load_model",
+        "torchref.checkpoint.load_model",
         _theta_not_stored,
         "conversion",
         "config.json",

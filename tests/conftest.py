@@ -22,7 +22,13 @@ from typing import Any
 import pytest
 
 DEVICES = 8
-LONG = {"test_readme.py", "test_suite.py", "test_pretrain.py"}  # a minute or more each
+# Half a minute or more each.
+LONG = {"test_readme.py", "test_suite.py", "test_pretrain.py"} | {
+    "test_command_line.py",
+    "test_hf_models.py",
+    "test_kill.py",
+    "test_peft.py",
+}
 # Imports that may be missing -> the distribution's module that decides whether they work.
 OPTIONAL = {
     "torch": "torch",

@@ -142,8 +142,13 @@ SHARDS = ["--max-shard-gb", "0.00002"]
 
 @pytest.mark.parametrize(
     ("command", "overwrite", "fallback"),
-    [("import", False, False), ("export", True, False), ("import", True, True)],
-    ids=["import", "overwriting export", "overwriting import without an exchange of names"],
+    [
+        pytest.param("import", False, False, id="import"),
+        pytest.param("export", True, False, id="overwriting export"),
+        pytest.param(
+            "import", True, True, id="overwriting import without an exchange of names", marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_killed_at_any_point_nothing_looks_finished(
     command: str, overwrite: bool, fallback: bool, models: dict[str, Path], tmp_path: Path

@@ -27,7 +27,7 @@ from convert.writers import WRITERS, Choices, Dtype, Format, dtype_of, gguf_kind
 from jaxlm import model_dir
 from jaxlm.cli import main_guard, need, parse, say
 from jaxlm.config import ConfigError, InputError, nearest, to_dict
-from jaxlm.count import param_count
+from jaxlm.count import param_count, require_memory
 from jaxlm.tokenizer import TokenizerError
 
 if TYPE_CHECKING:
@@ -288,11 +288,7 @@ def _require_possible(target: Target, format: str, options: Common) -> Path:
         need("torch")
         if options.dtype == "q8_0":
             raise ConfigError("--parity is exact and q8_0 rounds; leave one of them out")
-        if format == "pt":
-            raise ConfigError(
-                "--parity opens what --to torch writes, the same weights; --to pt has no reader of its own"
-            )
-        prove.require_memory(target.config)
+        require_memory(target.config, 8 * prove.COPIES, "leave --parity out, and run verify")
     if format == "gguf":
         gguf_kind(target, options.dtype)
         if options.tokenizer:

@@ -101,10 +101,9 @@ def write_ours(opened: OpenedAdapter, out: Path, progress: Progress) -> dict[str
 def write_peft(opened: OpenedAdapter, out: Path, layout: Layout, progress: Progress) -> dict[str, Stored]:
     """adapter_config.json and adapter_model.safetensors, which peft opens on the model's transformers class."""
     facts = opened.facts
-    digests = peft_adapter.write_adapter(
+    return peft_adapter.write_adapter(
         out, opened.factors, facts.adapter, table(facts, layout), progress=progress
     )
-    return model_dir.stored_of(out, peft_adapter.TENSORS, digests)
 
 
 def merged(target: Target, opened: OpenedAdapter) -> Target:

@@ -38,7 +38,7 @@ from convert.rules import (
     require,
 )
 from convert.specials import Specials
-from convert.stream import copy_blocked, guarded, there
+from convert.stream import copy_blocked, finite, there
 from jaxlm.config import ModelConfig
 from jaxlm.model import abstract_model
 from jaxlm.tensor_file import Lazy, Planned, rows_at_once
@@ -149,7 +149,6 @@ def write(
     if factors is not None:
         plans = {ROPE_FACTORS: Planned.of(Lazy.of(factors))} | plans
     kinds = {name: _kind_of(name, plan.shape, kind) for name, plan in plans.items()}
-    plans, faults = guarded(plans)
 
     writer = gguf.GGUFWriter(None, ARCHITECTURE)
     facts: dict[str, Any] = {
@@ -172,12 +171,10 @@ def write(
             writer.write_header_to_file(path)
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            with np.errstate(invalid="ignore"):  # what is not finite is refused by name when all is seen
-                digests = _write_values(writer, plans, kinds, progress)
+            with finite(plans) as checked, np.errstate(invalid="ignore"):
+                digests = _write_values(writer, checked, kinds, progress)
         finally:
             writer.close()
-        if faults:
-            raise ConversionError("weights that are not finite are not written:\n" + "\n".join(faults))
     except BaseException:
         Path(path).unlink(missing_ok=True)
         raise

@@ -16,7 +16,7 @@ import numpy as np
 
 from convert.gguf_header import Value
 from convert.specials import Specials, of_tokenizer
-from jaxlm.tokenizer import _GPT2_PATTERN, PATTERN, Tokenizer, TokenizerError
+from jaxlm.tokenizer import GPT2_PATTERN, PATTERN, Tokenizer, TokenizerError
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -24,8 +24,8 @@ _LLAMA3 = (
 )
 # Pattern -> llama.cpp's name for it. Llama 3's own spelling takes 's with a long s, U+017F, for a contraction; nothing
 # else differs.
-NAMES = {PATTERN: "llama-bpe", _LLAMA3: "llama-bpe", _GPT2_PATTERN: "gpt-2"}
-_PATTERNS = {"llama-bpe": PATTERN, "llama3": PATTERN, "llama-v3": PATTERN, "gpt-2": _GPT2_PATTERN}
+NAMES = {PATTERN: "llama-bpe", _LLAMA3: "llama-bpe", GPT2_PATTERN: "gpt-2"}
+_PATTERNS = {"llama-bpe": PATTERN, "llama3": PATTERN, "llama-v3": PATTERN, "gpt-2": GPT2_PATTERN}
 _WHOLE_PIECES = {"llama-bpe"}  # where a piece that is a token is never split, whatever the merges say
 _FROM_PLAIN_TEXT = {"<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"}  # by llama.cpp, unasked
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5

@@ -6,7 +6,6 @@ scale = alpha / R (Hu et al. 2021, arXiv 2106.09685, section 4.1) or alpha / sqr
 2312.03732).
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +20,8 @@ from convert.peft_layout import ADAPTABLE, Piece, Slot
 from convert.rules import ConversionError, Pair
 from jaxlm.config import ConfigError
 from jaxlm.json_file import read_object
-from jaxlm.tensor_file import Lazy, Planned, open_file, write_file
+from jaxlm.model_dir import Stored, write_json, write_tensors
+from jaxlm.tensor_file import Lazy, Planned, open_file
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PROJECTIONS = (
@@ -181,7 +181,7 @@ def write_adapter(
     pairs: Iterable[Pair],
     base_name: str = "",
     progress: Callable[[int], None] = lambda n: None,
-) -> dict[str, str]:
+) -> dict[str, Stored]:
     """Writes adapter_config.json and adapter_model.safetensors into an existing directory, in the adapter's dtypes.
 
     `pairs` is the table of the base model and decides the layout: with stacked experts the adapter is for transformers
@@ -190,7 +190,7 @@ def write_adapter(
     without rsLoRA.) `base_name` is the model that peft's Auto classes load.
 
     Returns:
-        The SHA-256 of each tensor.
+        Where each tensor lies, and its hash.
 
     Raises:
         ConversionError: the adapter does not fit the table, or peft has no place for it; all reasons at once.
@@ -218,10 +218,9 @@ def write_adapter(
         factors = slot.outward(adapter[f"{path}.lora_a"], adapter[f"{path}.lora_b"])
         for letter, array in zip("AB", factors, strict=True):
             tensors[f"{name}.lora_{letter}.weight"] = Planned.of(Lazy.of(array))
-    _, digests = write_file(Path(directory) / TENSORS, tensors, {"format": "pt"}, progress)
-    text = json.dumps(_fields(config, adapted, table, base_name), indent=2) + "\n"
-    (Path(directory) / CONFIG).write_text(text, encoding="utf-8")
-    return digests
+    stored = write_tensors(Path(directory), TENSORS, tensors, "pt", progress)
+    write_json(Path(directory) / CONFIG, _fields(config, adapted, table, base_name))
+    return stored
 
 
 def _fields(config: AdapterConfig, adapted: list[Slot], table: list[Slot], base_name: str) -> dict[str, Any]:

@@ -5,7 +5,6 @@ PyTorch (an ONNX graph in onnxruntime). Both in float64.
 """
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,6 @@ from convert.parity.limits import LIMITS
 from convert.targets import Target, open_target
 from jaxlm import model_dir
 from jaxlm.config import ConfigError, ModelConfig
-from jaxlm.count import param_count
 from jaxlm.tensor_file import Lazy
 
 if TYPE_CHECKING:
@@ -25,18 +23,7 @@ if TYPE_CHECKING:
 
 RUNGS = ("config", "tree", "activations", "loss", "gradients")
 LENGTH = 131  # positions of the compared batch
-_COPIES = 8  # of the weights in float64 that the comparison holds at its height
-
-
-def require_memory(config: ModelConfig) -> None:
-    """Raises ConfigError where the comparison cannot fit into this machine."""
-    needed = _COPIES * 8 * param_count(config)
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > available:
-        raise ConfigError(
-            f"--parity computes {param_count(config):,} parameters in float64, which takes about "
-            f"{needed / 2**30:,.0f} GiB and this machine has {available / 2**30:,.0f}; leave it out, and run verify"
-        )
+COPIES = 8  # of the weights in float64 that the comparison holds at its height
 
 
 def compare(

@@ -94,8 +94,9 @@ def _object(path: Path | None) -> dict[str, Any]:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _text(token: Any) -> Any:
-    return token.get("content") if isinstance(token, dict) else token
+def _text(token: Any) -> str | None:
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
 
 
 def _template(carried: Mapping[str, Path], settings: Mapping[str, Any]) -> str | None:
@@ -129,9 +130,7 @@ def _first_id(path: Path | None) -> int | None:
         return None
     try:
         library = Library.from_file(str(path))
-    except (
-        Exception
-    ):  # the library's errors have no class of their own; opening it is somebody else's business
+    except Exception:  # the library's errors have no class of their own, and whoever opens it will say
         return None
     bare = library.encode("x", add_special_tokens=False).ids
     whole = library.encode("x").ids

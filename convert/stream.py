@@ -5,6 +5,7 @@ What is made of it is a box at a time, from just the boxes of the sources that i
 in a row; transposes are done in blocks that fit the cache.
 """
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from convert.rules import SAME, TRANSPOSE, Index, Pair, Transform, require
+from convert.rules import SAME, TRANSPOSE, ConversionError, Index, Pair, Transform, require
 from jaxlm.tensor_file import Box, Lazy, Planned, boxes
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -120,6 +121,15 @@ def guarded(plans: Mapping[str, Planned]) -> tuple[dict[str, Planned], list[str]
         return Planned(plan.shape, plan.dtype, pieces, (lambda box: add(name, make(box))) if make else None)
 
     return {name: watched(name, plan) for name, plan in plans.items()}, faults
+
+
+@contextlib.contextmanager
+def finite(plans: Mapping[str, Planned]) -> Iterator[dict[str, Planned]]:
+    """The same plans, for a block that writes them; at its end ConversionError names those with NaN or infinity."""
+    watched, faults = guarded(plans)
+    yield watched
+    if faults:
+        raise ConversionError("weights that are not finite are not written:\n" + "\n".join(faults))
 
 
 def piece_count(plan: Planned) -> int:

@@ -6,6 +6,7 @@
     hf        a Hugging Face directory of a family that is known here
     gguf      a GGUF file of the llama architecture
     gptoss    a .pt checkpoint of gptoss
+    pt        a directory with torchref's state dict in model.pt, and its config.json
 
 Weights are read when they are first asked for, tensor by tensor where the format allows. jax and torch are imported no
 earlier than they are needed.
@@ -24,9 +25,9 @@ from convert.kept import kept
 from convert.specials import Specials, of_files, of_tokenizer
 from jaxlm.config import InputError, ModelConfig, RunConfig, load
 from jaxlm.json_file import read_object
-from jaxlm.model_dir import CONFIG, INDEX, read_manifest
+from jaxlm.model_dir import CONFIG, INDEX, WEIGHTS, open_weights, read_manifest, weight_map
 from jaxlm.run_dir import RunDir
-from jaxlm.tensor_file import Lazy, TensorFileError, open_file, read_header
+from jaxlm.tensor_file import Lazy, open_file, read_header
 from jaxlm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
     from torchref.model import Decoder
 
 TORCH_CHECKPOINTS = "checkpoints-torch"  # of a run that torchref trained: latest/ and best/
-WEIGHTS, OPTIMIZER, FACTS = "model.safetensors", "optimizer.safetensors", "training.json"
-Kind = Literal["run", "jaxlm", "torch", "hf", "gguf", "gptoss"]
+OPTIMIZER, FACTS = "optimizer.safetensors", "training.json"
+Kind = Literal["run", "jaxlm", "torch", "hf", "gguf", "gptoss", "pt"]
 _EXPECTED = (
     "a target is a run, a model directory with config.json and model.safetensors (jaxlm, torchref or Hugging Face), "
     "a .gguf file or a gptoss .pt file"
@@ -126,7 +127,10 @@ class Target:
     def specials(self) -> Specials:
         """Which ids start, end and pad, and the chat template: as its files say, or as the tokenizer's names do."""
         if self.run is None:
-            found = self.contents.specials or of_files(self.contents.raw, self.contents.carried)
+            try:
+                found = self.contents.specials or of_files(self.contents.raw, self.contents.carried)
+            except ValueError as error:
+                raise TargetError(str(error)) from None
             if found is not None:
                 return found
         try:
@@ -143,6 +147,8 @@ class Target:
             return _of_run(self.run, RunDir(self.path).checkpoints, self.checkpoint)
         if self.kind == "jaxlm":
             return _of_jaxlm(self.path, self.config)
+        if self.kind == "pt":
+            return _of_pt(self.path)
         assert self.torch_weights is not None
         return _of_torch(self.torch_weights, self.config)
 
@@ -188,22 +194,21 @@ def open_target(path: str | Path, checkpoint: str = "latest", optimizer: bool = 
             raise TargetError(f"{path} is an adapter, not a model: export its base with --adapter {path}")
         raise TargetError(f"{path} has no config.json; {_EXPECTED}")
     try:
-        facts = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        facts = read_object(config)
+    except (OSError, ValueError) as error:
         raise TargetError(f"{config} cannot be read: {error}") from None
-    if not isinstance(facts, dict):
-        raise TargetError(f"{config} must hold an object, got {str(facts)[:80]}")
     if "model" in facts:
         run = load(RunConfig, config)
         return Target(path, run.model, run, checkpoint, "run")
     if "model_type" in facts or "architectures" in facts:
         return _open_hf(path, checkpoint)
     if not (path / WEIGHTS).is_file() and not (path / INDEX).is_file():
-        for name in ("model.pt", "model.onnx"):
-            if (path / name).is_file():
-                raise TargetError(
-                    f"{path} holds {name}, which is written for other programs and not read back"
-                )
+        if (path / "model.pt").is_file():
+            return Target(path, load(ModelConfig, config), None, checkpoint, "pt")
+        if (path / "model.onnx").is_file():
+            raise TargetError(
+                f"{path} holds model.onnx, which is written for other programs and not read back"
+            )
         raise TargetError(f"{path} has a config.json but neither checkpoints nor {WEIGHTS}; {_EXPECTED}")
     if (path / WEIGHTS).is_file() and (path / INDEX).is_file():
         raise TargetError(f"{path} has both {WEIGHTS} and {INDEX}; take away the one that is not the model's")
@@ -216,38 +221,11 @@ def layout_of(directory: Path) -> Literal["jaxlm", "torch"]:
     if manifest is not None:
         said = manifest.get("format")
     elif (directory / INDEX).is_file():
-        first = sorted(set(_weight_map(directory).values()))[0]
+        first = sorted(set(weight_map(directory).values()))[0]
         said = read_header(directory / first).metadata.get("format")
     else:
         said = read_header(directory / WEIGHTS).metadata.get("format")
     return "jaxlm" if said == "jaxlm" else "torch"
-
-
-def open_weights(directory: Path) -> dict[str, Lazy]:
-    """All tensors of model.safetensors, or of the shards that the index names.
-
-    Raises TensorFileError with all that is missing, damaged or doubled.
-    """
-    if not (directory / INDEX).is_file():
-        return open_file(directory / WEIGHTS)
-    index, problems, tensors = _weight_map(directory), [], {}
-    for file in sorted(set(index.values())):
-        if not file or Path(file).name != file or len(file) > 255:
-            problems.append(f"{INDEX}: {file!r} is not a file of this directory")
-            continue
-        try:
-            found = open_file(directory / file)
-        except TensorFileError as error:
-            problems.append(str(error))
-            continue
-        problems += [f"{name}: is in {file} too" for name in found if name in tensors]
-        tensors |= found
-    if not problems:
-        problems = [f"{name}: named by {INDEX}, but in no file" for name in index if name not in tensors]
-        problems += [f"{name}: in a file, but not named by {INDEX}" for name in tensors if name not in index]
-    if problems:
-        raise TensorFileError("\n".join(problems))
-    return tensors
 
 
 def load_params(tensors: Mapping[str, Lazy], config: ModelConfig, mesh: "Mesh | None" = None) -> "Params":
@@ -367,6 +345,16 @@ def _of_torch(path: Path, config: ModelConfig) -> Contents:
     return Contents(tensors, moments, *kept(path))
 
 
+def _of_pt(path: Path) -> Contents:
+    from convert import native, pt_file, stream
+    from convert.tree import to_numpy
+
+    config, state = pt_file.read(path)
+    stored = {name: Lazy.of(to_numpy(value), str(path)) for name, value in state.items()}
+    plans = stream.here(native.pairs(config), stored)
+    return Contents({name: stream.lazy(plan, str(path)) for name, plan in plans.items()}, None, *kept(path))
+
+
 def _require_layers(config: ModelConfig, count: int, path: Path) -> None:
     """Refuses a count of layers that the files cannot fill, before a model of that size is thought of."""
     if config.n_layers > count:
@@ -393,17 +381,6 @@ def _stored_moments(path: Path, slots: dict[str, str], ours: Any) -> Moments | N
         for slot, theirs in slots.items()
     }
     return Moments(ours(split["m"]), ours(split["v"]), step)
-
-
-def _weight_map(directory: Path) -> dict[str, str]:
-    path = directory / INDEX
-    try:
-        index = read_object(path)["weight_map"]
-        if not index or not all(isinstance(file, str) and file.isprintable() for file in index.values()):
-            raise ValueError("weight_map must name a file for each tensor")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise TensorFileError(f"{path}: cannot be read ({error})") from None
-    return dict(index)
 
 
 def _has_orbax(path: Path) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 from convert import carry, stream
 from convert.targets import FACTS, OPTIMIZER, Moments, Target
 from jaxlm import model_dir
-from jaxlm.config import ConfigError, InputError, save
+from jaxlm.config import ConfigError, save
 from jaxlm.model_dir import CONFIG, Progress, Stored
 from jaxlm.tensor_file import Lazy, Planned
 from jaxlm.tokenizer import Tokenizer, TokenizerError
@@ -66,9 +66,8 @@ def write_jaxlm(target: Target, out: Path, choices: Choices, progress: Progress)
     """A model directory in jaxlm's names and layouts."""
     contents = target.contents
     plans = stream.cast(contents.tensors, dtype_of(choices))
-    stored = _finite(
-        plans, lambda p: model_dir.write_shards(out, p, "jaxlm", choices.max_shard_bytes, progress)
-    )
+    with stream.finite(plans) as checked:
+        stored = model_dir.write_shards(out, checked, "jaxlm", choices.max_shard_bytes, progress)
     save(target.config, out / CONFIG)
     if choices.optimizer and contents.moments is not None:
         parts = _slots(contents.moments, ("m", "v"), lambda part: stream.cast(part, None))
@@ -82,7 +81,8 @@ def write_torch(target: Target, out: Path, choices: Choices, progress: Progress)
 
     contents, pairs = target.contents, native.pairs(target.config)
     plans = stream.there(pairs, contents.tensors, dtype_of(choices))
-    stored = _finite(plans, lambda p: model_dir.write_tensors(out, "model.safetensors", p, "pt", progress))
+    with stream.finite(plans) as checked:
+        stored = model_dir.write_tensors(out, "model.safetensors", checked, "pt", progress)
     save(target.config, out / CONFIG)
     if choices.optimizer and contents.moments is not None:
         parts = _slots(contents.moments, ("exp_avg", "exp_avg_sq"), lambda part: stream.there(pairs, part))
@@ -101,7 +101,8 @@ def write_pt(target: Target, out: Path, choices: Choices, progress: Progress) ->
             yield name, stream.array(plan)
             progress(plan.nbytes)
 
-    _finite(plans, lambda p: pt_file.write(out, target.config, made(p)))
+    with stream.finite(plans) as checked:
+        pt_file.write(out, target.config, made(checked))
     return Written({}, carry.keep(target, out, choices.dtype, choices.tokenizer))
 
 
@@ -129,15 +130,9 @@ def write_hf(target: Target, out: Path, choices: Choices, progress: Progress) ->
         max_shard_bytes=choices.max_shard_bytes,
         progress=progress,
     )
-    files: dict[str, dict[str, str]] = {}
-    for name, (file, digest) in written.tensors.items():
-        files.setdefault(file, {})[name] = digest
-    stored = {}
-    for file, digests in files.items():
-        stored |= model_dir.stored_of(out, file, digests)
     lacking = choices.tokenizer and tokenizer is None and "tokenizer.json" not in contents.carried
     missing = ("no tokenizer: there is no tokenizer.json beside the weights",) if lacking else ()
-    return Written(stored, (*written.notes, *missing))
+    return Written(written.tensors, (*written.notes, *missing))
 
 
 def write_gguf(target: Target, out: Path, choices: Choices, progress: Progress) -> Written:
@@ -203,10 +198,10 @@ def write_onnx(target: Target, out: Path, choices: Choices, progress: Progress) 
     """model.onnx for onnxruntime: prefill and cached step in one graph."""
     from convert import onnx_graph
 
-    _finite(
-        stream.cast(target.contents.tensors, None),
-        lambda p: [list(plan.pieces()) and None for plan in p.values()],
-    )
+    with stream.finite(stream.cast(target.contents.tensors, None)) as checked:
+        for plan in checked.values():
+            for _ in plan.pieces():
+                pass
     facts = onnx_graph.write(out, target.decoder.cpu(), dtype=choices.dtype or "float32", progress=progress)
     save(target.config, out / CONFIG)
     notes = carry.keep(target, out, choices.dtype, choices.tokenizer)
@@ -225,17 +220,14 @@ def write_gptoss(target: Target, out: Path, choices: Choices, progress: Progress
     if moments is not None:
         plans |= _slots(moments, ("m", "v"), lambda part: stream.cast(part, None))
 
-    def write(plans: dict[str, Planned]) -> None:
-        lazies = {name: stream.lazy(plan) for name, plan in plans.items()}
-        parts: dict[str, dict[str, Lazy]] = {"": {}, "m": {}, "v": {}}
-        for name, tensor in lazies.items():
+    parts: dict[str, dict[str, Lazy]] = {"": {}, "m": {}, "v": {}}
+    with stream.finite(plans) as checked:
+        for name, plan in checked.items():
             slot, _, path = name.rpartition(":")
-            parts[slot][path] = tensor
+            parts[slot][path] = stream.lazy(plan)
         tensors, m, v = parts.values()
         kept = None if moments is None else Moments(m, v, moments.step)
         gptoss.write(out / "model.pt", target.config, tensors, step=step, moments=kept, progress=progress)
-
-    _finite(plans, write)
     return Written({}, carry.keep(target, out, choices.dtype, choices.tokenizer))
 
 
@@ -248,15 +240,6 @@ WRITERS: dict[str, Writer] = {
     "onnx": write_onnx,
     "gptoss": write_gptoss,
 }
-
-
-def _finite(plans: Mapping[str, Planned], write: Callable[[dict[str, Planned]], Any]) -> Any:
-    """Writes, and refuses what turned out to hold NaN or infinity."""
-    watched, faults = stream.guarded(plans)
-    result = write(watched)
-    if faults:
-        raise InputError("weights that are not finite are not written:\n" + "\n".join(faults))
-    return result
 
 
 def _slots(
@@ -272,6 +255,7 @@ def _slots(
 def _write_moments(
     out: Path, parts: dict[str, Planned], step: int, format: str, progress: Progress
 ) -> dict[str, Stored]:
-    stored = _finite(parts, lambda p: model_dir.write_tensors(out, OPTIMIZER, p, format, progress))
+    with stream.finite(parts) as checked:
+        stored = model_dir.write_tensors(out, OPTIMIZER, checked, format, progress)
     (out / FACTS).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
     return stored

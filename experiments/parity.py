@@ -21,7 +21,7 @@ import tyro
 
 from experiments.cli import main_guard, need, parse, say
 from jaxlm.config import ConfigError, RunConfig, nearest
-from jaxlm.count import param_count
+from jaxlm.count import require_memory
 from jaxlm.presets import PRESETS, preset
 
 if TYPE_CHECKING:
@@ -104,7 +104,8 @@ def compare(options: ParityOptions) -> "Report":
     names = tuple(name.strip() for name in options.rungs.split(",") if name.strip())
     settings = Options(dtype=options.dtype, rungs=names, steps=options.steps, seed=options.seed)
     run, params = open_jax(options.target, options)
-    check_memory(run, options)
+    size = COPIES * BYTES[options.dtype]
+    require_memory(run.model, size, "--shrink compares the same architecture at small sizes")
     module = open_torch(options.against, options) if options.against else None
     if options.against and params is None:
         params = drawn(run, options.seed)
@@ -169,18 +170,6 @@ def drawn(run: RunConfig, seed: int) -> dict[str, Any]:
 
     shapes = {path: tuple(s.shape) for path, s in abstract_model(run.model).shapes.items()}
     return random_params(run.model, shapes, seed, dtype=np.float32)
-
-
-def check_memory(run: RunConfig, options: ParityOptions) -> None:
-    """Refuses a model whose comparison cannot fit, with the way out."""
-    needed = COPIES * BYTES[options.dtype] * param_count(run.model)
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > available:
-        raise ConfigError(
-            f"{options.target} has {param_count(run.model):,} parameters: to compare them in {options.dtype} takes "
-            f"about {needed / 2**30:,.0f} GiB and this machine has {available / 2**30:,.0f}; --shrink compares the "
-            "same architecture at small sizes"
-        )
 
 
 def narrator() -> Callable[[str], None]:

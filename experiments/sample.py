@@ -47,7 +47,9 @@ class Sampler:
 
     def __init__(self, target: Target, options: SampleOptions):
         self.tokenizer = target.tokenizer
-        stop = tuple(i for i in target.specials.eos if i < target.config.vocab_size)
+        specials = target.specials
+        self._front = [specials.bos] if specials.adds_bos and specials.bos is not None else []
+        stop = tuple(i for i in specials.eos if i < target.config.vocab_size)
         self._stream, settings = _load(target, options.framework)
         self.settings = settings(
             max_new_tokens=options.max_new_tokens,
@@ -67,7 +69,7 @@ class Sampler:
             prompt.encode("utf-8")
         except UnicodeEncodeError:
             raise ConfigError("the prompt is not valid UTF-8") from None
-        ids = self.tokenizer.encode(prompt)
+        ids = [*self._front, *self.tokenizer.encode(prompt)]
         if not ids:
             if self.tokenizer.eos_id is None:
                 raise ConfigError("the prompt is empty and the tokenizer has no token that starts a document")

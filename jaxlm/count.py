@@ -1,6 +1,8 @@
 """Parameters and FLOPs of a config by arithmetic alone: nothing is built and no framework is loaded."""
 
-from jaxlm.config import ModelConfig
+import os
+
+from jaxlm.config import ConfigError, ModelConfig
 
 
 def param_count(model: ModelConfig) -> int:
@@ -14,6 +16,17 @@ def active_param_count(model: ModelConfig) -> int:
     Embedding and head count in full, as model cards do.
     """
     return sum(_block(model, layer, model.moe.n_active) for layer in range(model.n_layers)) + _outside(model)
+
+
+def require_memory(model: ModelConfig, bytes_per_param: int, advice: str) -> None:
+    """Raises ConfigError where so many bytes a parameter are more than this machine has; `advice`: the way out."""
+    needed = bytes_per_param * param_count(model)
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > available:
+        raise ConfigError(
+            f"to compare {param_count(model):,} parameters takes about {needed / 2**30:,.0f} GiB and this machine has "
+            f"{available / 2**30:,.0f}; {advice}"
+        )
 
 
 def flops_per_token(model: ModelConfig, seq_len: int, causal: bool = True) -> float:

@@ -19,13 +19,15 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from jaxlm.config import InputError
-from jaxlm.tensor_file import NAMES, Planned, read_header, write_file
+from jaxlm.json_file import read_object
+from jaxlm.tensor_file import NAMES, Lazy, Planned, TensorFileError, open_file, write_file
 
-MANIFEST, INDEX, CONFIG = "manifest.json", "model.safetensors.index.json", "config.json"
+MANIFEST, CONFIG = "manifest.json", "config.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SCHEMA = 1
 _CHUNK = 16 << 20  # bytes read at once
 _PARTIAL, _OLD = ".partial-", ".old-"  # hidden names: .NAME.partial-PID
@@ -166,7 +168,7 @@ def plan_shards(tensors: Mapping[str, Planned], max_bytes: int) -> dict[str, dic
         groups[-1][name] = tensor
         size += tensor.nbytes
     if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
+        return {WEIGHTS: groups[0]}
     return {f"model-{i + 1:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups)}
 
 
@@ -203,6 +205,67 @@ def write_tensors(
         stored[name] = Stored(file, NAMES[tensor.dtype], tensor.shape, offset, tensor.nbytes, digests[name])
         offset += tensor.nbytes
     return stored
+
+
+def weight_map(directory: Path) -> dict[str, str]:
+    """The file of each tensor, as the index says. Raises TensorFileError where the index is damaged."""
+    path = directory / INDEX
+    try:
+        files = read_object(path).get("weight_map")
+    except OSError as error:
+        raise TensorFileError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise TensorFileError(f"{path}: {error}") from None
+    if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
+        raise TensorFileError(f"{path}: weight_map must be an object of tensor names and file names")
+    return files
+
+
+def open_weights(directory: Path) -> dict[str, Lazy]:
+    """Every tensor of model.safetensors, or else of the shards that the index names. Raises TensorFileError."""
+    single = directory / WEIGHTS
+    return (
+        open_file(single) if single.is_file() or not (directory / INDEX).is_file() else open_shards(directory)
+    )
+
+
+def open_shards(directory: Path) -> dict[str, Lazy]:
+    """Every tensor of the shards that the index names, unread.
+
+    Raises TensorFileError with everything that is wrong, a line each: a shard that is missing, damaged or outside the
+    directory, a tensor that is not where the index says, or is in two shards.
+    """
+    files = weight_map(directory)
+    problems: list[str] = []
+    shards: dict[str, dict[str, Lazy]] = {}
+    for file in sorted(set(files.values())):
+        if not _plain(file):
+            problems.append(f"{INDEX}: {file!r} is not the name of a file in this directory")
+            continue
+        try:
+            shards[file] = open_file(directory / file)
+        except TensorFileError as error:
+            problems.append(str(error))
+    tensors: dict[str, Lazy] = {}
+    for name, file in files.items():
+        if file in shards and name not in shards[file]:
+            problems.append(f"{name}: {INDEX} says it is in {file}, which does not hold it")
+        elif file in shards:
+            tensors[name] = shards[file][name]
+    for file, shard in shards.items():
+        for name in shard:
+            if name not in files:
+                problems.append(f"{name}: is in {file}, but {INDEX} does not name it")
+            elif files[name] != file:
+                problems.append(f"{name}: is in {file} too, {INDEX} says {files[name]}")
+    if problems:
+        raise TensorFileError("\n".join(problems))
+    return tensors
+
+
+def _plain(name: str) -> bool:
+    usual = name not in ("", ".", "..") and name.isprintable() and len(name) < 256
+    return usual and PurePath(name).name == name and PureWindowsPath(name).name == name
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -339,12 +402,3 @@ def _version() -> str:
         return importlib.metadata.version("jaxlm")
     except importlib.metadata.PackageNotFoundError:
         return "(not installed)"
-
-
-def stored_of(directory: Path, file: str, digests: Mapping[str, str]) -> dict[str, Stored]:
-    """What `write_manifest` wants of a safetensors file that was written elsewhere, by its tensors' hashes."""
-    stored = {}
-    for name, (dtype, shape, offset) in read_header(directory / file).tensors.items():
-        planned = Planned(shape, dtype, tuple)
-        stored[name] = Stored(file, NAMES[dtype], shape, offset, planned.nbytes, digests[name])
-    return stored

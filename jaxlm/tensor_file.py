@@ -373,11 +373,3 @@ class _Worker:
         self._thread.join()
         if error is None and self._failure is not None:
             raise self._failure
-
-
-def digest(tensor: Lazy) -> str:
-    """SHA-256 of a tensor's bytes as stored."""
-    total = hashlib.sha256()
-    for piece in Planned.of(tensor).pieces():
-        total.update(piece.reshape(-1).view(np.uint8).data)
-    return total.hexdigest()

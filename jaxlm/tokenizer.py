@@ -32,7 +32,7 @@ PATTERN = (
     r"'(?:[sdmtSDMT]|[lL][lL]|[vV][eE]|[rR][eE])|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*+"
     r"|\s*[\r\n]++|\s+(?!\S)|\s++"
 )
-_GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++\z|\s+(?!\S)|\s"
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++\z|\s+(?!\S)|\s"
 
 _SEGMENT = 1 << 19  # characters given to the regex engine at once
 _LONGEST_SPACE = 500_000  # the regex engine's backtracking stack overflows at a million
@@ -393,7 +393,7 @@ def _pattern_of(pre_tokenizer: dict[str, Any]) -> str:
     last = stages[-1]
     if last["type"] == "ByteLevel" and not last["add_prefix_space"]:
         if len(stages) == 1 and last.get("use_regex", True):
-            return _GPT2_PATTERN
+            return GPT2_PATTERN
         split = stages[0]
         if len(stages) == 2 and not last.get("use_regex", True) and split["type"] == "Split":
             if split["behavior"] == "Isolated" and not split["invert"]:

@@ -16,12 +16,13 @@ import numpy as np
 from convert import stream
 from convert.hf.config import from_model, to_model
 from convert.hf.families import Layout, layout_of, pairs
-from convert.hf.files import INDEX, common_dtype, index_json, open_checkpoint, plan_shards, read_json, usable
-from convert.hf.tokenizer import TOKENIZER_FILES, write_json, write_tokenizer
+from convert.hf.files import common_dtype, open_checkpoint, read_json, usable
+from convert.hf.tokenizer import TOKENIZER_FILES, write_tokenizer
 from convert.rules import ConversionError
 from convert.specials import GENERATION, Specials, of_tokenizer
 from jaxlm.config import InputError, ModelConfig
-from jaxlm.tensor_file import Lazy, Planned, write_file
+from jaxlm.model_dir import Stored, write_json, write_shards
+from jaxlm.tensor_file import Lazy, Planned
 from jaxlm.tokenizer import Tokenizer
 
 __all__ = ["TOKENIZER_FILES", "Source", "Written", "read", "write"]
@@ -47,7 +48,7 @@ class Source:
 class Written:
     """What `write` made."""
 
-    tensors: dict[str, tuple[str, str]]  # their name -> file, SHA-256 of its bytes
+    tensors: dict[str, Stored]  # by their name
     family: str
     layout: Layout
     notes: tuple[str, ...]  # what the config does not hold
@@ -138,17 +139,10 @@ def write(
     ids = specials.config_ids() if own_tokenizer is not None and specials is not None else None
     values, notes = from_model(config, "float32", raw, family, ids)  # refuses before anything is written
     chosen, layout = str(values["model_type"]), layout or "per_expert"
-    planned, faults = stream.guarded(stream.there(pairs(config, chosen, layout), tensors, dtype))
+    planned = stream.there(pairs(config, chosen, layout), tensors, dtype)
     values, notes = from_model(config, common_dtype(planned.values()).name, raw, chosen, ids)
-    shards = plan_shards(planned, max_shard_bytes)
-    hashes: dict[str, tuple[str, str]] = {}
-    for file, shard in shards.items():
-        _, digests = write_file(directory / file, shard, {"format": "pt"}, progress)
-        hashes |= {name: (file, digest) for name, digest in digests.items()}
-    if faults:
-        raise ConversionError("weights that are not finite are not written:\n" + "\n".join(faults))
-    if len(shards) > 1:
-        write_json(directory / INDEX, index_json(shards))
+    with stream.finite(planned) as checked:
+        stored = write_shards(directory, checked, "pt", max_shard_bytes, progress)
     write_json(directory / "config.json", values)
     for name, path in carried.items():
         (directory / name).parent.mkdir(exist_ok=True)
@@ -163,4 +157,4 @@ def write(
             *notes,
             "stacked experts are the layout of transformers 5; version 4 would start them at random",
         )
-    return Written(hashes, chosen, layout, notes)
+    return Written(stored, chosen, layout, notes)

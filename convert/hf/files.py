@@ -1,7 +1,7 @@
 """Hugging Face's safetensors files: one file, or shards with an index. Nothing is read before it is needed."""
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path, PurePath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,9 @@ from convert.hf.families import INERT_TENSORS
 from convert.rules import ConversionError, Pair, problems_of
 from jaxlm.config import ModelConfig
 from jaxlm.json_file import read_object
-from jaxlm.tensor_file import Lazy, Planned, TensorFileError, blocks, open_file
+from jaxlm.model_dir import INDEX, WEIGHTS, open_weights
+from jaxlm.tensor_file import Lazy, Planned, TensorFileError, blocks
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -34,11 +34,11 @@ def open_checkpoint(directory: Path) -> dict[str, Lazy]:
             or outside the directory, a tensor that is not where the index says, or is in two shards.
     """
     directory = Path(directory)
-    single, index = directory / SINGLE, directory / INDEX
-    if single.is_file():
-        return open_file(single)
-    if index.is_file():
-        return _open_shards(directory, read_json(index).get("weight_map"))
+    if (directory / WEIGHTS).is_file() or (directory / INDEX).is_file():
+        try:
+            return open_weights(directory)
+        except TensorFileError as error:
+            raise ConversionError(str(error)) from None
     if not directory.is_dir():
         raise ConversionError(f"{directory}: no such directory")
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
@@ -47,44 +47,7 @@ def open_checkpoint(directory: Path) -> dict[str, Lazy]:
             f"{directory}: {pickles[0]} is a pickle, which can run code when it is opened and is not read; save the "
             "model as safetensors: model.save_pretrained(DIR, safe_serialization=True)"
         )
-    raise ConversionError(f"{directory}: holds neither {SINGLE} nor {INDEX}")
-
-
-def _open_shards(directory: Path, weight_map: Any) -> dict[str, Lazy]:
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise ConversionError(
-            f"{directory / INDEX}: weight_map must be an object of tensor names and file names"
-        )
-    problems: list[str] = []
-    shards: dict[str, dict[str, Lazy]] = {}
-    for file in sorted(set(weight_map.values())):
-        if not _plain(file):
-            problems.append(f"{INDEX}: {file!r} is not the name of a file in this directory")
-            continue
-        try:
-            shards[file] = open_file(directory / file)
-        except TensorFileError as error:
-            problems.append(str(error))
-    tensors: dict[str, Lazy] = {}
-    for name, file in weight_map.items():
-        if file in shards and name not in shards[file]:
-            problems.append(f"{name}: {INDEX} says it is in {file}, which does not hold it")
-        elif file in shards:
-            tensors[name] = shards[file][name]
-    for file, shard in shards.items():
-        for name in shard:
-            if name not in weight_map:
-                problems.append(f"{name}: is in {file}, but {INDEX} does not name it")
-            elif weight_map[name] != file:
-                problems.append(f"{name}: is in {file} too, {INDEX} says {weight_map[name]}")
-    if problems:
-        raise ConversionError("\n".join(problems))
-    return tensors
-
-
-def _plain(name: str) -> bool:
-    usual = name not in ("", ".", "..") and name.isprintable() and len(name) < 256
-    return usual and PurePath(name).name == name and PureWindowsPath(name).name == name
+    raise ConversionError(f"{directory}: holds neither {WEIGHTS} nor {INDEX}")
 
 
 def usable(
@@ -126,32 +89,6 @@ def _same_bits(one: Lazy, other: Lazy) -> bool:
         return False
     pieces = zip(blocks(one.read()), blocks(other.read()), strict=True)
     return all(np.array_equal(a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8)) for a, b in pieces)
-
-
-def plan_shards(planned: Mapping[str, Planned], max_bytes: int) -> dict[str, dict[str, Planned]]:
-    """Tensors by the file they go to, in order, none over `max_bytes` unless one tensor alone is larger."""
-    if max_bytes < 1:
-        raise ConversionError(f"max_shard_bytes={max_bytes} must be positive")
-    shards: list[dict[str, Planned]] = [{}]
-    size = 0
-    for name, tensor in planned.items():
-        if shards[-1] and size + tensor.nbytes > max_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    if len(shards) == 1:
-        return {SINGLE: shards[0]}
-    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
-
-
-def index_json(shards: Mapping[str, Mapping[str, Planned]]) -> dict[str, Any]:
-    """The index of several shards."""
-    total = sum(tensor.nbytes for shard in shards.values() for tensor in shard.values())
-    return {
-        "metadata": {"total_size": total},
-        "weight_map": {name: file for file, shard in shards.items() for name in shard},
-    }
 
 
 def common_dtype(tensors: Iterable[Planned]) -> np.dtype:

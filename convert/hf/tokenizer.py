@@ -1,10 +1,10 @@
 """The tokenizer files that `AutoTokenizer` opens, in transformers 4 and 5, with exactly our ids."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from convert.specials import TEMPLATE, Specials, of_tokenizer
+from jaxlm.model_dir import write_json
 from jaxlm.tokenizer import Tokenizer
 
 # What an import carries along verbatim, and an export of the same model writes back.
@@ -52,8 +52,3 @@ def write_tokenizer(
         (directory / TEMPLATE).write_text(specials.chat_template, encoding="utf-8")
     write_json(directory / "tokenizer_config.json", settings)
     write_json(directory / "special_tokens_map.json", named)
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Writes an object as the files on the hub are written."""
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

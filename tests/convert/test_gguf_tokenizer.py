@@ -12,7 +12,7 @@ from convert.rules import ConversionError
 from convert.specials import CHATML
 from jaxlm.config import ModelConfig
 from jaxlm.tensor_file import Lazy
-from jaxlm.tokenizer import _GPT2_PATTERN, PATTERN, SPECIAL_TOKENS, Tokenizer
+from jaxlm.tokenizer import GPT2_PATTERN, PATTERN, SPECIAL_TOKENS, Tokenizer
 
 gguf = pytest.importorskip("gguf")
 
@@ -73,7 +73,7 @@ def test_a_tokenizer_comes_back_with_the_same_ids(tokenizer, tmp_path):
 
 def test_gpt2s_kind_of_tokenizer_is_named_so(tokenizer, tmp_path):
     """One separator for both ends."""
-    published = Tokenizer(_GPT2_PATTERN, tokenizer._ranks, {"<|endoftext|>": 333})
+    published = Tokenizer(GPT2_PATTERN, tokenizer._ranks, {"<|endoftext|>": 333})
     reader = exported(tmp_path / "m.gguf", model(published.vocab_size), published)
     facts = {k.removeprefix("tokenizer.ggml."): f.contents() for k, f in reader.fields.items()}
     assert (facts["pre"], facts["bos_token_id"], facts["eos_token_id"]) == ("gpt-2", 333, 333)
@@ -99,7 +99,7 @@ REFUSED = {
     ),
     "o200k's pattern": (Tokenizer(O200K, SINGLE, END), "no pre-tokenizer that splits as this pattern"),
     "a token without merges": (
-        Tokenizer(_GPT2_PATTERN, SINGLE | {b"xyz": 257}, END),
+        Tokenizer(GPT2_PATTERN, SINGLE | {b"xyz": 257}, END),
         "no merge makes the token 'xyz'",
     ),
     "a word as special token": (Tokenizer(PATTERN, SINGLE, END | {"stop": 301}), "the ordinary word 'stop'"),

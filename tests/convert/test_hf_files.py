@@ -10,9 +10,10 @@ import pytest
 from helpers import random_params, tiny
 
 from convert import hf
-from convert.hf.files import INDEX, SINGLE, index_json, open_checkpoint, plan_shards
+from convert.hf.files import open_checkpoint
 from convert.rules import ConversionError
 from jaxlm.config import InputError, ModelConfig
+from jaxlm.model_dir import INDEX, WEIGHTS
 from jaxlm.tensor_file import Lazy, Planned, open_file, write_file
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -28,10 +29,10 @@ def export(directory: Path, config: ModelConfig, **options: Any) -> Path:
 
 def rewrite(directory: Path, change: Callable[[dict[str, np.ndarray]], None]) -> None:
     """Changes the tensors of a single file."""
-    arrays = {name: np.array(tensor.read()) for name, tensor in open_file(directory / SINGLE).items()}
+    arrays = {name: np.array(tensor.read()) for name, tensor in open_file(directory / WEIGHTS).items()}
     change(arrays)
     planned = {name: Planned.of(Lazy.of(array)) for name, array in arrays.items()}
-    write_file(directory / SINGLE, planned, {"format": "pt"})
+    write_file(directory / WEIGHTS, planned, {"format": "pt"})
 
 
 def refusal(directory: Path) -> list[str]:
@@ -64,17 +65,6 @@ def test_shards_are_filled_in_order_and_none_is_too_large(sharded: Path) -> None
     assert index["metadata"]["total_size"] == sum(t.read().nbytes for t in open_checkpoint(sharded).values())
     (sharded / "consolidated.safetensors").write_bytes(b"not ours")
     assert set(index["weight_map"]) == set(open_checkpoint(sharded))
-
-
-def test_one_tensor_may_outgrow_a_shard() -> None:
-    """It gets a file of its own."""
-    planned = {
-        name: Planned.of(Lazy.of(np.zeros(size, np.float32))) for name, size in zip("abcd", (2, 90, 3, 4))
-    }
-    shards = plan_shards(planned, 40)
-    assert [list(shard) for shard in shards.values()] == [["a"], ["b"], ["c", "d"]]
-    assert index_json(shards)["metadata"] == {"total_size": 396}
-    assert list(plan_shards(planned, 396)) == [SINGLE]
 
 
 def test_every_fault_of_an_index_is_named_at_once(sharded: Path) -> None:
@@ -127,20 +117,20 @@ def test_an_index_that_is_no_index_is_refused(sharded: Path) -> None:
 def test_a_pickle_is_refused_with_the_way_out(tmp_path: Path) -> None:
     """pytorch_model.bin alone, and a directory with nothing."""
     directory = export(tmp_path / "model", tiny())
-    (directory / SINGLE).rename(directory / "pytorch_model.bin")
+    (directory / WEIGHTS).rename(directory / "pytorch_model.bin")
     assert "safe_serialization=True" in refusal(directory)[0]
     (directory / "pytorch_model.bin").unlink()
-    assert refusal(directory) == [f"{directory}: holds neither {SINGLE} nor {INDEX}"]
+    assert refusal(directory) == [f"{directory}: holds neither {WEIGHTS} nor {INDEX}"]
 
 
 def test_config_and_files_are_judged_together(tmp_path: Path) -> None:
     """A refused key and a missing file come in one error."""
     directory = export(tmp_path / "model", tiny())
-    (directory / SINGLE).unlink()
+    (directory / WEIGHTS).unlink()
     values = json.loads((directory / "config.json").read_text()) | {"hidden_act": "relu"}
     (directory / "config.json").write_text(json.dumps(values))
     lines = refusal(directory)
-    assert len(lines) == 2 and "hidden_act='relu'" in lines[0] and SINGLE in lines[1]
+    assert len(lines) == 2 and "hidden_act='relu'" in lines[0] and WEIGHTS in lines[1]
 
 
 def test_missing_unknown_and_misshapen_tensors_are_named_at_once(tmp_path: Path) -> None:

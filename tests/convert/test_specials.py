@@ -106,12 +106,17 @@ def test_gguf_says_what_the_files_say_and_gives_it_back(source: Path, tmp_path: 
     assert theirs.eos_token == "<|pad|>" and theirs.chat_template == TEMPLATE
 
 
-def test_sampling_stops_where_the_files_say(source: Path) -> None:
-    """The ids that end an answer are those of generation_config.json, not the token called <|eos|>."""
+def test_sampling_starts_and_stops_where_the_files_say(source: Path) -> None:
+    """Answers end at the ids of generation_config.json, not at what is called <|eos|>; bos stands in front."""
     from experiments.sample import SampleOptions, Sampler
 
     ids = json.loads((source / "generation_config.json").read_text())["eos_token_id"]
-    assert Sampler(open_target(source), SampleOptions(str(source))).settings.stop == tuple(ids)
+    sampler = Sampler(open_target(source), SampleOptions(str(source)))
+    assert sampler.settings.stop == tuple(ids)
+    asked: list[list[int]] = []
+    sampler._stream = lambda ids, settings: asked.append(ids) or iter(())
+    list(sampler.answer("hello"))
+    assert asked == [transformers.AutoTokenizer.from_pretrained(source)("hello")["input_ids"]]
 
 
 def test_a_tokenizer_that_was_replaced_is_the_one_that_travels(source: Path, tmp_path: Path, convert) -> None:

@@ -4,7 +4,6 @@ Families: Llama, Mistral, Mixtral, Qwen2, Qwen3 and the mixtures Qwen2-MoE and Q
 """
 
 import importlib
-import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ transformers = pytest.importorskip("transformers")
 
 from helpers import assert_close, relative_error, tree_errors  # noqa: E402
 from hf64 import NoNarrowFloats, double_precision  # noqa: E402
+from hf_models import fill  # noqa: E402
 from tolerances import tolerance  # noqa: E402
 
 from jaxlm.config import ModelConfig, MoEConfig, RopeScaling, RunConfig, TrainConfig  # noqa: E402
@@ -121,20 +121,6 @@ def our_name(name: str) -> str:
     for theirs, ours in table:
         name = name.replace(theirs, ours)
     return name
-
-
-def fill(model: Any, std: float | None) -> None:
-    """Random weights: normal with `std`, or 1/sqrt(fan-in) where None; norms near one, biases near zero."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
-            if p.ndim == 1:
-                p.copy_(0.1 * noise + (1.0 if "norm" in name else 0.0))
-            elif std is None:
-                p.copy_(noise if "embed" in name else noise / math.sqrt(p.shape[-1]))
-            else:
-                p.copy_(std * noise)
 
 
 def batch(padded: bool) -> tuple[Any, Any, Any]:

@@ -25,6 +25,7 @@ DEVICES = 8
 # Half a minute or more each.
 LONG = {"test_readme.py", "test_suite.py", "test_pretrain.py"} | {
     "test_command_line.py",
+    "test_round_trips.py",
     "test_hf_models.py",
     "test_kill.py",
     "test_peft.py",

@@ -12,10 +12,8 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 gguf = pytest.importorskip("gguf")
 
-from entry import Outcome, run  # noqa: E402
 from helpers import random_params, tiny  # noqa: E402
 
-from convert import __main__ as entry_point  # noqa: E402
 from convert import hf  # noqa: E402
 from convert.gguf_header import read_header  # noqa: E402
 from convert.targets import open_target  # noqa: E402
@@ -59,18 +57,6 @@ def source(tmp_path: Path) -> Path:
 def edit(path: Path, **changes: Any) -> None:
     """Sets keys of a JSON file."""
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
-
-
-@pytest.fixture
-def convert(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
-    """The command line in this process; fails unless it exits as it should."""
-
-    def call(*words: object, code: int = 0) -> Outcome:
-        said = run(entry_point.main, list(map(str, words)), capsys, monkeypatch)
-        assert said.code == code, said.err
-        return said
-
-    return call
 
 
 def test_hugging_face_files_survive_every_directory_of_ours(source: Path, tmp_path: Path, convert) -> None:

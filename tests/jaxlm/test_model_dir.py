@@ -192,6 +192,30 @@ def test_shards_are_filled_to_the_limit_and_not_beyond(limit: int, expected: lis
     assert list(shards) == (names if n > 1 else ["model.safetensors"])
 
 
+def test_everything_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file and directory is flushed first: after a power cut a name never stands for less."""
+    flushed: list[str] = []
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        assert not (tmp_path / "model").exists() or "last" in flushed
+        flushed.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with staged(tmp_path / "model") as out:
+        (out / "inner").mkdir()
+        for name in ("config.json", "inner/notes.txt"):
+            (out / name).write_text("x")
+        flushed.clear()
+        monkeypatch.setattr(
+            os, "rename", lambda *names, move=os.rename: (move(*names), flushed.append("last"))
+        )
+    assert {"config.json", "notes.txt", "inner", out.name} <= set(flushed[: flushed.index("last")])
+
+
 def test_the_manifest_describes_every_byte(model: Path) -> None:
     """Hashes of tensors are those of their bytes, and the manifest's own is that of the rest."""
     manifest = json.loads((model / MANIFEST).read_text())

@@ -9,16 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxlm.chat import chatml
 from jaxlm.json_file import read_object
 from jaxlm.tokenizer import Tokenizer, TokenizerError
 
-# ChatML, as in the release notes of OpenAI's ChatGPT API: each message between <|im_start|>role and <|im_end|>.
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 GENERATION, SETTINGS, TEMPLATE = "generation_config.json", "tokenizer_config.json", "chat_template.jinja"
 
 
@@ -53,7 +47,7 @@ def of_tokenizer(tokenizer: Tokenizer) -> Specials:
         tokenizer.special_id("<|im_start|>")
         end = tokenizer.special_id("<|im_end|>")
     eos = tuple(dict.fromkeys(i for i in (tokenizer.eos_id, end) if i is not None))
-    return Specials(tokenizer.bos_id, eos, tokenizer.pad_id, None if end is None else CHATML)
+    return Specials(tokenizer.bos_id, eos, tokenizer.pad_id, None if end is None else chatml())
 
 
 def of_files(raw: Mapping[str, Any] | None, carried: Mapping[str, Path]) -> Specials | None:

@@ -8,7 +8,6 @@ loss beside two baselines, two samples, and the float64 agreement of logits, los
 PyTorch. Everything is written to runs/quickstart; an older run there is moved aside, never overwritten.
 """
 
-import itertools
 import json
 from pathlib import Path
 
@@ -92,17 +91,16 @@ def compare_with_baselines(trained: Trained) -> bool:
 
 def print_samples(trained: Trained) -> None:
     """Two continuations, printed and kept in samples.txt."""
-    from jaxlm.generate import Sampling, generate
+    from jaxlm.generate import generate
     from jaxlm.model import Split, abstract_model
 
     tokenizer, model = trained.data.tokenizer, trained.run.model
-    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
-    room = model.context - max(map(len, prompts))
+    room = model.context - max(len(tokenizer.encode(prompt)) for prompt in PROMPTS)
     seed = trained.run.train.seed
-    settings = Sampling(temperature=0.8, top_k=40, seed=seed, max_new_tokens=min(64, room))
+    settings = {"temperature": 0.8, "top_k": 40, "seed": seed, "max_new_tokens": min(64, room), "stop": ()}
     split = Split(abstract_model(model).graphdef, trained.engine.params)
-    answers = generate(split, prompts, settings)
-    texts = [tokenizer.decode(list(itertools.chain(p, a))) for p, a in zip(prompts, answers, strict=True)]
+    answers = generate(split, tokenizer, PROMPTS, **settings)
+    texts = [prompt + best.text for prompt, (best,) in zip(PROMPTS, answers, strict=True)]
     titles = [f"--- {prompt!r}, temperature 0.8, top-k 40" for prompt in PROMPTS]
     body = "\n".join(f"{title}\n{text}" for title, text in zip(titles, texts, strict=True))
     print(f"\n{body}")

@@ -1,187 +1,151 @@
-"""Continues a prompt with a trained model; the text goes to standard output, everything else to standard error.
+"""Continues prompts with a trained model; the text goes to standard output, everything else to standard error.
 
     python -m experiments.sample runs/quickstart --prompt "def main(" --max-new-tokens 100 --temperature 0.8
+    python -m experiments.sample runs/quickstart --chat --prompt "What is a cache?" --system "Be brief."
+    python -m experiments.sample runs/quickstart --file prompts.txt --lines --samples 4 --json > answers.jsonl
     echo "import os" | python -m experiments.sample runs/quickstart --greedy --framework torch
 
-Without --prompt, the prompt is read from standard input (one line end at its close is not part of it); on a terminal
-this is a dialogue. TARGET is a run, a model directory with its tokenizer (of jaxlm, torchref, Hugging Face) or a .gguf.
+One answer is written as it comes, after its prompt (with --chat, alone). Several are decoded together; each follows its
+prompt, and a line of --- stands between them; with --json each is an object on a line of its own. Without --prompt the
+prompt is read from standard input (one line end at its close is not part of it); on a terminal this is a dialogue.
+TARGET is a run, a model directory with its tokenizer (of jaxlm, torchref, Hugging Face) or a .gguf.
 """
 
-import codecs
-import dataclasses
+import json
 import os
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from pathlib import Path
 
-import tyro
+from convert.targets import open_target
+from experiments.cli import main_guard, parse
+from experiments.loading import precision
+from experiments.sampler import Meter, SampleOptions, Sampler, put, write
+from jaxlm.config import ConfigError
+from jaxlm.text import Completion
 
-from convert.targets import Target, open_target
-from experiments.cli import main_guard, parse, say
-from jaxlm.config import ConfigError, InputError
-from jaxlm.tokenizer import Tokenizer
-
-HELP = ":t TEMPERATURE (0 = greedy)   :k TOP_K (0 = all)   :seed SEED   :help   :q   Ctrl-C stops an answer"
-COMMANDS = {":t": ("temperature", float), ":k": ("top_k", int), ":seed": ("seed", int)}
-
-
-@dataclass(frozen=True)
-class SampleOptions:
-    """Options of sampling."""
-
-    target: Annotated[str, tyro.conf.Positional]  # run, model directory or .gguf
-    prompt: str | None = None  # text to continue; left out = standard input
-    max_new_tokens: int = 64  # tokens to write at most
-    temperature: float = 0.8  # divides the logits; 0 = greedy
-    top_k: int = 40  # choose among this many most likely tokens; 0 = all
-    seed: int = 0  # of the noise; the same seed writes the same text
-    greedy: bool = False  # always the most likely token, as --temperature 0
-    framework: Literal["jax", "torch"] = "jax"  # which of the two models computes
-    checkpoint: Literal["latest", "best"] = "latest"  # of a run: newest, or lowest validation loss
-
-
-class Sampler:
-    """An opened target: text in, pieces of text out."""
-
-    def __init__(self, target: Target, options: SampleOptions):
-        self.tokenizer = target.tokenizer
-        specials = target.specials
-        self._front = [specials.bos] if specials.adds_bos and specials.bos is not None else []
-        stop = tuple(i for i in specials.eos if i < target.config.vocab_size)
-        self._stream, settings = _load(target, options.framework)
-        self.settings = settings(
-            max_new_tokens=options.max_new_tokens,
-            temperature=0.0 if options.greedy else options.temperature,
-            top_k=options.top_k,
-            seed=options.seed,
-            stop=stop,
-        )
-
-    def change(self, **settings: Any) -> None:
-        """Other settings from now on. Raises ConfigError on values that cannot work."""
-        self.settings = dataclasses.replace(self.settings, **settings)
-
-    def answer(self, prompt: str) -> Iterator[str]:
-        """The continuation of a prompt, piece by piece. An empty prompt continues the separator of documents."""
-        try:
-            prompt.encode("utf-8")
-        except UnicodeEncodeError:
-            raise ConfigError("the prompt is not valid UTF-8") from None
-        ids = [*self._front, *self.tokenizer.encode(prompt)]
-        if not ids:
-            if self.tokenizer.eos_id is None:
-                raise ConfigError("the prompt is empty and the tokenizer has no token that starts a document")
-            ids = [self.tokenizer.eos_id]
-        return stream_text(self.tokenizer, self._stream(ids, self.settings))
+BETWEEN = "---\n"
 
 
 def main(argv: list[str]) -> int:
     """Entry point."""
     options = parse(SampleOptions, argv, "python -m experiments.sample", __doc__ or "")
-    target = open_target(options.target, options.checkpoint)
-    dialogue = options.prompt is None and sys.stdin.isatty()
-    prompt = options.prompt if options.prompt is not None or dialogue else read_prompt()
-    sampler = Sampler(target, options)
-    if prompt is None:
-        return talk(sampler)
-    try:
-        write(sampler, prompt)
-    except BrokenPipeError:
-        # Whoever read the text has enough; the interpreter must not try to flush the rest at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    prompts = read_prompts(options)
+    check(options, dialogue=prompts is None)
+    sampler = Sampler(open_target(options.target, options.checkpoint), options)
+    with precision(options.framework, options.dtype):
+        if prompts is None:
+            from experiments.dialogue import Dialogue
+
+            return Dialogue(sampler).run()
+        rows = [ids_of(sampler, prompt) for prompt in prompts]
+        try:
+            if options.json or len(rows) > 1 or options.samples > 1:
+                write_all(sampler, prompts, rows)
+            else:
+                write(sampler, rows[0], opening(sampler) if options.chat else prompts[0])
+        except BrokenPipeError:
+            # Whoever read the text has enough; the interpreter must not try to flush the rest at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
-def read_prompt() -> str:
-    """Standard input as text. Raises ConfigError where it is not UTF-8."""
-    try:
-        text = sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"standard input is not UTF-8: {error}") from None
-    return text.removesuffix("\n")
+def check(options: SampleOptions, dialogue: bool) -> None:
+    """Raises ConfigError on options that contradict each other."""
+    if not options.chat and (options.system is not None or options.think):
+        raise ConfigError(f"--{'think' if options.think else 'system'} belongs to a conversation: add --chat")
+    if options.chat and options.unprompted:
+        raise ConfigError("--chat answers a user's turn, --unprompted has none: leave one of the two out")
+    if options.logprobs and not options.json:
+        raise ConfigError("--logprobs are written as JSON only: add --json")
+    if dialogue and (options.json or options.samples > 1):
+        name = "--json" if options.json else f"--samples {options.samples}"
+        raise ConfigError(f"{name} needs a prompt: a dialogue shows one answer at a time")
 
 
-def write(sampler: Sampler, prompt: str) -> None:
-    """Prompt and continuation to standard output, as they come; a summary to standard error."""
-    started, pieces = time.perf_counter(), sampler.answer(prompt)
-    put(prompt)
-    length = sum(map(put, pieces))
-    put("\n")
-    say(f"{length} characters in {time.perf_counter() - started:.1f} s")
+def read_prompts(options: SampleOptions) -> list[str] | None:
+    """The texts to continue; None = a person at a terminal will say. Raises ConfigError where there are none.
 
-
-def put(text: str) -> int:
-    """Writes text as UTF-8 whatever the locale says; returns its length."""
-    sys.stdout.buffer.write(text.encode("utf-8"))
-    sys.stdout.buffer.flush()
-    return len(text)
-
-
-def talk(sampler: Sampler) -> int:
-    """The dialogue on a terminal: each line is a prompt or a command."""
-    say(HELP)
-    while True:
-        print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line or line.strip() == ":q":
-            return 0
-        line = line.removesuffix("\n")
-        try:
-            if line.startswith(":"):
-                command(sampler, line)
-            elif line:
-                write(sampler, line)
-        except InputError as error:
-            say(f"error: {error}")
-        except KeyboardInterrupt:
-            say("\n(stopped)")
-
-
-def command(sampler: Sampler, line: str) -> None:
-    """Carries out `:t 0.7` and its like. Raises ConfigError on anything else."""
-    name, _, value = line.partition(" ")
-    if name == ":help":
-        say(HELP)
-        return
-    if name not in COMMANDS:
-        raise ConfigError(f"unknown command {name}; {HELP}")
-    setting, kind = COMMANDS[name]
-    try:
-        sampler.change(**{setting: kind(value)})
-    except ConfigError:
-        raise
-    except ValueError:
-        raise ConfigError(f"{name} needs a number, got {value!r}") from None
-    say(f"{setting} = {kind(value)}")
-
-
-def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """Text of ids as it becomes certain: a character whose bytes are not all there waits for the rest.
-
-    Joined, the pieces are `tokenizer.decode(ids)`. An id that only pads the model's vocabulary stands for no text.
+    An empty text stands for no prompt at all, which only --unprompted allows.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for i in ids:
-        if i < tokenizer.vocab_size and (piece := decoder.decode(tokenizer.decode_bytes([i]))):
-            yield piece
-    if piece := decoder.decode(b"", final=True):
-        yield piece
+    given = {
+        "--prompt": options.prompt,
+        "--file": options.file is not None,
+        "--unprompted": options.unprompted,
+    }
+    names = [name for name, there in given.items() if there]
+    if len(names) > 1:
+        raise ConfigError(f"{' and '.join(names)} both say what to continue; give one of them")
+    if options.lines and names and options.file is None:
+        raise ConfigError(f"--lines splits --file or standard input, not {names[0]}")
+    if options.prompt:
+        return list(options.prompt)
+    if options.unprompted:
+        return [""]
+    if options.file is None and sys.stdin.isatty() and not options.lines:
+        return None
+    text, name = read_text(options.file)
+    if not options.lines:
+        return [text]
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    if empty := [n for n, line in enumerate(lines, 1) if not line]:
+        raise ConfigError(f"line {empty[0]} of {name} is empty, and so no prompt")
+    return lines
 
 
-def _load(target: Target, framework: str) -> tuple[Callable[[list[int], Any], Iterator[int]], type]:
-    """`stream` with the weights in place, and the framework's Sampling."""
-    if framework == "torch":
-        from torchref import generate as torch_generate
+def read_text(path: str | None) -> tuple[str, str]:
+    """Text of a file, or of standard input, without the line end at its close; and its name.
 
-        decoder = target.decoder
-        return lambda ids, settings: torch_generate.stream(decoder, ids, settings), torch_generate.Sampling
-    from jaxlm import generate
-    from jaxlm.model import Split, abstract_model
+    Raises ConfigError where it cannot be read or is not UTF-8.
+    """
+    name = "standard input" if path is None else path
+    try:
+        data = sys.stdin.buffer.read() if path is None else Path(path).read_bytes()
+        return data.decode("utf-8").removesuffix("\n"), name
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name} is not UTF-8: {error.reason} at byte {error.start}") from None
+    except OSError as error:
+        raise ConfigError(f"{name} cannot be read: {error.strerror}") from None
 
-    model = Split(abstract_model(target.config).graphdef, target.params)
-    return lambda ids, settings: generate.stream(model, ids, settings), generate.Sampling
+
+def ids_of(sampler: Sampler, prompt: str) -> list[int]:
+    """Ids to continue: of a text, of a conversation of one turn, or of nothing. Raises ConfigError."""
+    if sampler.options.unprompted:
+        return sampler.separator()
+    ids = sampler.encode(prompt)
+    if not sampler.options.chat:
+        return ids
+    system = sampler.options.system
+    first = [] if system is None else [{"role": "system", "content": system}]
+    turn = {"role": "user", "content": prompt}
+    return sampler.chat.encode([*first, turn], sampler.options.think)
+
+
+def opening(sampler: Sampler) -> str:
+    """What stands before the answer of a conversation: where it was begun with a thought, that."""
+    return sampler.chat.opening if sampler.options.think else ""
+
+
+def write_all(sampler: Sampler, prompts: Sequence[str], rows: Sequence[Sequence[int]]) -> None:
+    """All answers, when all are there."""
+    meter = Meter()
+    answers = sampler.complete(rows, meter)
+    done = [c._replace(prompt=prompt) for prompt, of_one in zip(prompts, answers) for c in of_one]
+    meter.tokens = sum(len(completion.ids) for completion in done)
+    for n, completion in enumerate(done):
+        put(as_json(completion) if sampler.options.json else BETWEEN * (n > 0) + as_text(sampler, completion))
+    meter.report()
+
+
+def as_text(sampler: Sampler, completion: Completion) -> str:
+    """An answer after its prompt; in a conversation on the next line."""
+    between = f"\n{opening(sampler)}" if sampler.options.chat else ""
+    return f"{completion.prompt}{between}{completion.text}\n"
+
+
+def as_json(completion: Completion) -> str:
+    """An answer as one line of JSON."""
+    return json.dumps(completion._asdict(), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Query head n reads kv head n // G. Which query may see which key is said by `Vis
 (padding) gives zeros. Source: arXiv:1706.03762, section 3.2; arXiv:2305.13245 (GQA).
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -38,17 +39,22 @@ class Visibility(NamedTuple):
     key_index: Int[Array, " S"]  # slot of each key
     query_segment: Int[Array, "B T"] | None  # None: one segment, no padding
     key_segment: Int[Array, "B S"] | None
+    kept: Int[Array, ""] | int | None = None  # columns that a cache keeps: not the padding on the right
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer, rotated already; slots past the current length hold zeros."""
+    """Keys and values of one layer, rotated already; what was not written yet is zero.
+
+    Token t stands in slot t mod S. Under a window, S need not exceed the window: a ring, whose new tokens take the
+    place of those that no query will see any more.
+    """
 
     k: Float[Array, "B S K H"]
     v: Float[Array, "B S K H"]
 
 
 class KVCache(NamedTuple):
-    """What decoding remembers: one LayerCache per block, the slots' segments (0 = empty or padding), slots in use."""
+    """What decoding remembers: one LayerCache per block, the tokens' segments (0 = none or padding), tokens so far."""
 
     layers: tuple[LayerCache, ...]
     segment: Int[Array, "B S"]
@@ -56,12 +62,55 @@ class KVCache(NamedTuple):
 
 
 def init_cache(config: ModelConfig, batch: int, slots: int, dtype: DTypeLike) -> KVCache:
-    """An empty cache for `slots` positions of `batch` sequences."""
-    shape = (batch, slots, config.n_kv_heads, config.head_dim)
-    layers = tuple(
-        LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.n_layers)
-    )
-    return KVCache(layers, jnp.zeros((batch, slots), jnp.int32), jnp.zeros((), jnp.int32))
+    """An empty cache for `slots` tokens of `batch` sequences; a windowed layer has no more slots than its window."""
+    layers = []
+    for i in range(config.n_layers):
+        window = config.window(i)
+        shape = (batch, min(slots, window) if window else slots, config.n_kv_heads, config.head_dim)
+        layers.append(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
+    return KVCache(tuple(layers), jnp.zeros((batch, slots), jnp.int32), jnp.zeros((), jnp.int32))
+
+
+def remember(
+    cache: LayerCache, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], visibility: Visibility
+) -> tuple[LayerCache, Visibility, LayerCache]:
+    """Keys and values that T new tokens may see, which ones they are, and the cache with the new ones written.
+
+    visibility: of the new tokens in a cache that forgets nothing.
+    """
+    k, v = k.astype(cache.k.dtype), v.astype(cache.v.dtype)
+    S, T = cache.k.shape[1], k.shape[1]
+    start = visibility.query_index[0]
+    if visibility.key_index.shape[0] == S:
+        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
+        cache = LayerCache(write(cache.k, k), write(cache.v, v))
+        return cache, visibility, cache
+    if T == 1:
+        # The token that is overwritten left the window of this one.
+        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start % S, axis=1)
+        cache = LayerCache(write(cache.k, k), write(cache.v, v))
+        return cache, _of_ring(visibility, _ring_index(start + 1, S)), cache
+    # Several new tokens: the first still see what the last will have overwritten.
+    seen = LayerCache(jnp.concatenate([cache.k, k], axis=1), jnp.concatenate([cache.v, v], axis=1))
+    seen_index = jnp.concatenate([_ring_index(start, S), visibility.query_index])
+    index = _ring_index(start + (T if visibility.kept is None else visibility.kept), S)
+    source, new = jnp.clip(index - start, 0, T - 1), (index >= start)[:, None, None]
+    cache = LayerCache(jnp.where(new, k[:, source], cache.k), jnp.where(new, v[:, source], cache.v))
+    return seen, _of_ring(visibility, seen_index), cache
+
+
+def _ring_index(length: Int[Array, ""], slots: int) -> Int[Array, " S"]:
+    """Which of `length` tokens each slot of a ring holds: the newest t with t mod S = slot; negative = none."""
+    last = length - 1
+    return last - (last - jnp.arange(slots, dtype=jnp.int32)) % slots
+
+
+def _of_ring(visibility: Visibility, index: Int[Array, " S"]) -> Visibility:
+    """Visibility of the tokens `index` among all; segment 0 where there is none."""
+    segment = None
+    if visibility.key_segment is not None:
+        segment = jnp.where(index >= 0, visibility.key_segment[:, jnp.maximum(index, 0)], 0)
+    return visibility._replace(key_index=index, key_segment=segment)
 
 
 def allowed(visibility: Visibility, window: int) -> Bool[Array, "#B T S"]:
@@ -201,12 +250,7 @@ class Attention(nnx.Module):
         acts = {"q": q_BTNH, "k": k_BTKH, "v": v_BTKH}
         k_BSKH, v_BSKH = k_BTKH, v_BTKH
         if cache is not None:
-            start = visibility.query_index[0]
-            cache = LayerCache(
-                jax.lax.dynamic_update_slice_in_dim(cache.k, k_BTKH.astype(cache.k.dtype), start, axis=1),
-                jax.lax.dynamic_update_slice_in_dim(cache.v, v_BTKH.astype(cache.v.dtype), start, axis=1),
-            )
-            k_BSKH, v_BSKH = cache.k, cache.v
+            (k_BSKH, v_BSKH), visibility, cache = remember(cache, k_BTKH, v_BTKH, visibility)
         out_BTNH, scores = self.attend(q_BTNH, k_BSKH, v_BSKH, visibility, cached=cache is not None, key=key)
         acts |= {"heads": out_BTNH} if scores is None else {"scores": scores, "heads": out_BTNH}
         return self.o_proj(out_BTNH.reshape(B, T, -1)), acts, cache

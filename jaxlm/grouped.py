@@ -1,12 +1,13 @@
 """Dropless expert MLPs: every token through the experts its router chose, and only through those.
 
-Three backends compute the same function:
+Four backends compute the same function:
 
     loop     every expert over every token, masked: E/A times the work, plainly right, the oracle of the tests
     blocks   CPU: one expert after the other, over tiles of its own tokens
     batched  GPU: batched products over equal tiles, each with a gathered copy of its expert's weights
+    sliced   decoding: a product per assignment on its expert's weights where they lie; nobody else's are read
 
-The last two share a layout. The P*A assignments (token p, choice a) are sorted by expert and each expert's
+`blocks` and `batched` share a layout. The P*A assignments (token p, choice a) are sorted by expert and each expert's
 group is padded to whole tiles, so that a tile belongs to one expert:
 
     slot        0 1 2 3 | 4 5 6 7 | 8 9 . . | 12 . . .      (tile = 4, . = padding)
@@ -32,7 +33,7 @@ from jax import Array, lax
 from jaxlm.shapes import Float, Int
 
 Activation = Literal["swiglu", "gelu_erf", "gelu_tanh"]
-Backend = Literal["auto", "loop", "blocks", "batched"]
+Backend = Literal["auto", "loop", "blocks", "batched", "sliced"]
 
 CPU_TILES = (512, 128, 32, 8)  # rows; large tiles keep the cores busy, small ones pad less
 GPU_TILES = (256, 64, 16)
@@ -91,13 +92,17 @@ def expert_mlp(
     """
     _check(x, weights, ids, activation, backend, tiles)
     if backend == "auto":
-        backend = "blocks" if jax.default_backend() == "cpu" else "batched"
+        grouped = "blocks" if jax.default_backend() == "cpu" else "batched"
+        # Up to half the experts at most: fewer bytes than grouping reads, and no sorting.
+        backend = "sliced" if 2 * ids.size <= len(weights.up) else grouped
     key, rate = hidden_dropout or (None, 0.0)
     keep = None
     if key is not None and rate > 0:
         keep = jax.random.bernoulli(key, 1 - rate, (*ids.shape, weights.down.shape[1]))
     if backend == "loop":
         return _loop(x, weights, ids, combine, keep, activation, rate)
+    if backend == "sliced":
+        return _sliced(x, weights, ids, combine, keep, activation, rate)
     if tiles is None:
         sizes, count = (CPU_TILES, 3) if backend == "blocks" else (GPU_TILES, 1)
         # Under two rows per expert, as in decoding, a product per row reads no more weights and pads nothing.
@@ -177,6 +182,33 @@ def _loop(
             y = y + (0 if down_bias is None else down_bias[None])
             out += jnp.where(ids[:, a] == e, combine[:, a], 0).astype(acc)[:, None] * y
     return out.astype(x.dtype)
+
+
+def _sliced(
+    x: Array,
+    weights: ExpertWeights,
+    ids: Array,
+    combine: Array,
+    keep: Array | None,
+    activation: Activation,
+    rate: float,
+) -> Array:
+    acc, n_experts = _accumulator(x.dtype), weights.up.shape[0]
+    rows = []
+    for p in range(x.shape[0]):
+        total = jnp.zeros((1, x.shape[1]), acc)
+        for a in range(ids.shape[1]):
+            e = ids[p, a]
+            ours = (e >= 0) & (e < n_experts)
+            own = jax.tree.map(lambda w, e=e: lax.dynamic_index_in_dim(w, e, keepdims=False), weights)
+            h = jnp.matmul(x[p : p + 1], own.up, preferred_element_type=acc)
+            h = h if own.up_bias is None else h + own.up_bias[None]
+            hidden = _hidden(h, None if keep is None else keep[p, a], activation, rate).astype(x.dtype)
+            y = jnp.matmul(hidden, own.down, preferred_element_type=acc)
+            y = y if own.down_bias is None else y + own.down_bias[None]
+            total += jnp.where(ours, combine[p, a].astype(acc) * y, 0)
+        rows.append(total)
+    return jnp.concatenate(rows).astype(x.dtype)
 
 
 def sort_by_expert(ids: Array, n_experts: int, tile: int, chunk: int = 1) -> Layout:

@@ -22,7 +22,7 @@ class Backends(NamedTuple):
     """Which of several equal implementations runs; `auto` takes the fastest for the platform."""
 
     attention: Literal["auto", "readable", "xla", "cudnn"] = "auto"
-    experts: Literal["auto", "loop", "blocks", "batched"] = "auto"
+    experts: Literal["auto", "loop", "blocks", "batched", "sliced"] = "auto"
 
 
 def upcast(x: Array) -> Array:

@@ -124,9 +124,10 @@ class Decoder(nnx.Module):
         """The final norm's output, all activations by module path, and the cache after these tokens.
 
         positions: rotary or learned positions, default 0..T-1 after the cached ones. segments: documents of a packed
-        row are 1, 2, ...; 0 is padding; default one document. train: a capacity limit holds. key: dropout is drawn.
-        expert_ids: a recorded routing to replay, by layer (dense layers' entries are not read): probabilities stay
-        live, the choice is given (Megatron-Core's router replay; arXiv:2510.11370).
+        row are 1, 2, ...; 0 is padding, which a cache forgets where it ends all rows; default one document. train: a
+        capacity limit holds. key: dropout is drawn. expert_ids: a recorded routing to replay, by layer (dense layers'
+        entries are not read): probabilities stay live, the choice is given (Megatron-Core's router replay;
+        arXiv:2510.11370).
         """
         B, T = ids.shape
         start = jnp.zeros((), jnp.int32) if cache is None else cache.length
@@ -151,7 +152,7 @@ class Decoder(nnx.Module):
             layers.append(layer_cache)
         acts["final_norm"] = x = self.final_norm(x)
         if cache is not None:
-            cache = cache._replace(layers=tuple(layers), length=cache.length + T)
+            cache = cache._replace(layers=tuple(layers), length=cache.length + visibility.kept)
         return x, acts, cache
 
     def __call__(
@@ -198,10 +199,15 @@ def _visibility(
 ) -> tuple[Visibility, KVCache | None]:
     if cache is None:
         return Visibility(query_index, query_index, segments, segments), None
-    segments = jnp.ones(shape, jnp.int32) if segments is None else segments
+    kept: Array | int = shape[1]
+    if segments is None:
+        segments = jnp.ones(shape, jnp.int32)
+    else:
+        columns = jnp.arange(1, shape[1] + 1, dtype=jnp.int32)
+        kept = jnp.max(jnp.where(jnp.any(segments > 0, axis=0), columns, 0))
     known = jax.lax.dynamic_update_slice_in_dim(cache.segment, segments, cache.length, axis=1)
     slots = jnp.arange(known.shape[1], dtype=jnp.int32)
-    return Visibility(query_index, slots, segments, known), cache._replace(segment=known)
+    return Visibility(query_index, slots, segments, known, kept), cache._replace(segment=known)
 
 
 def _rematerialised(block: Block) -> Callable[..., Any]:

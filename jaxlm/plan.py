@@ -1,4 +1,4 @@
-"""Compiles the real training step for GPUs that are not there: peak memory and collectives before anyone rents one.
+"""Compiles training steps and decoding for GPUs that are not there: memory and collectives before anyone rents one.
 
 Works on any machine with jax's CUDA compiler plugin of jax's own version, without a driver and without a GPU:
 
@@ -18,10 +18,13 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from jaxlm.config import ConfigError, MeshConfig, RunConfig
+from jaxlm.attention import init_cache
+from jaxlm.cached import step
+from jaxlm.config import ConfigError, MeshConfig, ModelConfig, RunConfig
 from jaxlm.layers import Backends
 from jaxlm.model import abstract_model
 from jaxlm.optim import Scalars
+from jaxlm.quant import abstract_quantized
 from jaxlm.sharding import batch_sharding, replicated
 from jaxlm.train import make_train_step, state_shapes, state_shardings
 
@@ -51,6 +54,17 @@ class Compiled(NamedTuple):
     state_bytes: int
     temporary_bytes: int
     collectives: dict[str, int]
+    text: str  # optimized HLO
+
+
+class Decoding(NamedTuple):
+    """What the compiler says of a loop that decodes on one device; bytes."""
+
+    weight_bytes: int
+    cache_bytes: int
+    argument_bytes: int  # weights, cache and the little that says where each row is
+    temporary_bytes: int
+    peak_bytes: int
     text: str  # optimized HLO
 
 
@@ -87,10 +101,60 @@ def compile_step(run: RunConfig) -> Compiled:
     with jax.set_mesh(mesh):
         compiled = make_train_step(run, mesh, backends).lower(*_arguments(run, mesh)).compile()
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state_shapes(run))) // run.mesh.size
+    state = _bytes(state_shapes(run)) // run.mesh.size
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     counts = {kind: len(re.findall(rf" {kind}(?:-start)?\(", text)) for kind in COLLECTIVES}
     return Compiled(peak + memory.temp_size_in_bytes, state, memory.temp_size_in_bytes, counts, text)
+
+
+def compile_decode(config: ModelConfig, quant: str | None, slots: int, batch: int) -> Decoding:
+    """Compiles greedy decoding of many tokens in one dispatch for one H200, on bfloat16 weights or quantised ones.
+
+    quant: int8, int4, nf4 (what jaxlm.quant leaves alone is bfloat16), or None. slots: tokens a row's cache holds.
+    Raises ConfigError without the plugin, on an unknown kind, and on sizes that the model cannot have.
+    """
+    if batch < 1 or not 1 <= slots <= config.context:
+        raise ConfigError(f"batch={batch} must be positive and slots={slots} between 1 and {config.context}")
+    require_plugin()
+    half, backends = jnp.bfloat16, Backends(attention="xla", experts="batched")
+    model = (
+        abstract_model(config, backends, half)
+        if quant is None
+        else abstract_quantized(config, quant, backends, half)
+    )
+    cache = jax.eval_shape(lambda: init_cache(config, batch, slots, half))
+    row = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+
+    def run(params: Any, cache: Any, tokens: Any, positions: Any, count: Any) -> Any:
+        def one(carry: Any) -> Any:
+            made, cache, tokens, positions = carry
+            logits, cache, positions = step(model.graphdef, params, cache, tokens, positions)
+            return made + 1, cache, jnp.argmax(logits, axis=-1).astype(jnp.int32), positions
+
+        carry = (jnp.zeros((), jnp.int32), cache, tokens, positions)
+        return jax.lax.while_loop(lambda carry: carry[0] < count, one, carry)
+
+    place = replicated(h200_mesh(MeshConfig()))
+    arguments = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place),
+        (model.shapes, cache, row, row, count),
+    )
+    compiled = jax.jit(run, donate_argnums=1).lower(*arguments).compile()
+    memory = compiled.memory_analysis()
+    kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Decoding(
+        _bytes(model.shapes),
+        _bytes(cache),
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+        kept + memory.temp_size_in_bytes,
+        compiled.as_text(),
+    )
+
+
+def _bytes(shapes: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
 
 def _arguments(run: RunConfig, mesh: Mesh) -> tuple[Any, Any, Scalars]:

@@ -48,30 +48,54 @@ FRAMEWORK_FREE = {
     "json_file",
     "tensor_file",
     "model_dir",
+    "sampling",
+    "text",
+    "chat",
+    "windows",
     "data.corpus",
     "data.shards",
 }
-SHARED_WITH_TORCHREF = {"config", "presets", "tokenizer", "rope_table", "count"}
+SHARED_WITH_TORCHREF = {
+    "config",
+    "presets",
+    "tokenizer",
+    "rope_table",
+    "count",
+    "sampling",
+    "text",
+    "windows",
+}
 FRAMEWORKS = {"jax", "jaxlib", "flax", "optax", "orbax", "torch", "transformers"}
 # A room imports from its own row or a row above it.
 ORDER = [
     {"config", "shapes", "json_file"},
-    {"presets", "tokenizer", "rope_table", "count", "cli", "tensor_file"},
-    {"data"},
+    {"presets", "tokenizer", "rope_table", "count", "cli", "tensor_file", "sampling"},
+    {"data", "text", "chat", "windows"},
     {"sharding"},
     {"layers"},
     {"grouped"},
     {"attention", "moe"},
     {"model"},
-    {"loss", "generate", "quant", "finetune.lora"},
-    {"optim", "checkpoint", "metrics", "plots", "plots_parity", "model_dir", "run_dir"},
+    {"loss", "logits", "cached", "generate", "beam", "quant", "evaluate", "finetune.lora"},
+    {
+        "optim",
+        "checkpoint",
+        "metrics",
+        "perplexity",
+        "plots",
+        "plots_parity",
+        "plots_evaluation",
+        "plots_ablation",
+        "model_dir",
+        "run_dir",
+    },
     {"train"},
-    {"engine", "loop", "plan", "finetune.sft", "finetune.dpo"},
+    {"engine", "loop", "plan", "variants", "layerwise", "ablation", "finetune.sft", "finetune.dpo"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 # Slow to import or missing on some machines: only inside the functions that use them.
 LAZY = {"grain", "tyro", "beartype"}
-DRAWING = {"jaxlm.plots", "jaxlm.plots_parity"}
+DRAWING = {"jaxlm.plots", "jaxlm.plots_parity", "jaxlm.plots_evaluation", "jaxlm.plots_ablation"}
 
 
 class Import(NamedTuple):

@@ -41,8 +41,25 @@ GATES: dict[str, Gate] = {
         1e-12, "float64 micro-batches against the full batch: sums are reordered, nothing else"
     ),
     "f64_decode": Gate(1e-12, "float64 decoding with a cache against the full forward: measured 1.7e-15"),
+    "f64_quant": Gate(
+        1e-12, "float64 on quantised weights, equal to the bit: sums are reordered, nothing else"
+    ),
     "f64_scalar": Gate(1e-15, "a double computed on the host against 50 digits: a few roundings of 1.1e-16"),
+    "f64_score": Gate(
+        1e-12, "float64 log-probabilities and perplexity, windows in batches against one token at a time"
+    ),
+    "bf16_head": Gate(5e-3, "log-probabilities of bfloat16 logits, rounded to it or not: measured 6e-4"),
+    "f32_hflm": Gate(2e-6, "float32 likelihoods against lm_eval's HFLM on the same weights: measured 1.2e-7"),
+    "f32_perplexity": Gate(1e-6, "float32 perplexity against float64"),
     "f32_decode": Gate(5e-6, "float32 decoding with a cache against the full forward: measured 6.6e-7"),
+    "f32_quant_error": Gate(
+        1e-3,
+        "error of int4 weights against the formula in float64: a few values lie on a border, measured 1e-5",
+    ),
+    "f32_tie_margin": Gate(
+        1e-4,
+        "difference of the two largest logits of order one, absolute, under which float32 may choose either",
+    ),
     "f32_mesh": Gate(5e-6, "float32 on any mesh against one device: measured 8.4e-7"),
     "f32_loss": Gate(5e-7, "float32 loss of the two frameworks: measured 1.3e-7"),
     "f32_grad_norm": Gate(
@@ -59,6 +76,13 @@ GATES: dict[str, Gate] = {
     "device_moe_float32_cap": Gate(1e-5, "as dense: no routing flips were seen in 8,192 float32 decisions"),
     "device_dense_bfloat16_cap": Gate(5e-2, "bfloat16 activations: 9e-3 on CPU at this depth"),
     "device_moe_bfloat16_cap": Gate(2.5e-1, "bfloat16 routing flips a share of the tokens: 5e-2 on CPU"),
+    "f64_logits": Gate(
+        1e-14, "processed float64 logits against transformers, before temperature: measured 1e-15"
+    ),
+    "f32_logits": Gate(
+        2e-6, "processed float32 logits against transformers, before temperature: measured 6e-7"
+    ),
+    "f32_top_p": Gate(1e-5, "absolute: a sum of 32,000 float32 probabilities decides about this much mass"),
     "p_value": Gate(
         1e-4, "smallest p of a statistical test with fixed seeds; not an error but a lower bound"
     ),

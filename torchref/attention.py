@@ -24,17 +24,22 @@ class Visibility(NamedTuple):
     key_index: Int[Tensor, " S"]  # slot of each key
     query_segment: Int[Tensor, "B T"] | None  # None: one segment, no padding
     key_segment: Int[Tensor, "B S"] | None
+    kept: Int[Tensor, ""] | int | None = None  # columns that a cache keeps: not the padding on the right
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer, rotated already; slots past the current length hold zeros."""
+    """Keys and values of one layer, rotated already; what was not written yet is zero.
+
+    Token t stands in slot t mod S. Under a window, S need not exceed the window: a ring, whose new tokens take the
+    place of those that no query will see any more.
+    """
 
     k: Float[Tensor, "B S K H"]
     v: Float[Tensor, "B S K H"]
 
 
 class KVCache(NamedTuple):
-    """What decoding remembers: one LayerCache per block, the slots' segments (0 = empty or padding), slots in use."""
+    """What decoding remembers: one LayerCache per block, the tokens' segments (0 = none or padding), tokens so far."""
 
     layers: tuple[LayerCache, ...]
     segment: Int[Tensor, "B S"]
@@ -44,11 +49,56 @@ class KVCache(NamedTuple):
 def init_cache(
     config: ModelConfig, batch: int, slots: int, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> KVCache:
-    """An empty cache for `slots` positions of `batch` sequences."""
-    shape = (batch, slots, config.n_kv_heads, config.head_dim)
-    empty = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2 * config.n_layers)]
-    layers = tuple(LayerCache(k, v) for k, v in zip(empty[::2], empty[1::2], strict=True))
-    return KVCache(layers, torch.zeros((batch, slots), dtype=torch.long, device=device), 0)
+    """An empty cache for `slots` tokens of `batch` sequences; a windowed layer has no more slots than its window."""
+    layers = []
+    for i in range(config.n_layers):
+        window = config.window(i)
+        shape = (batch, min(slots, window) if window else slots, config.n_kv_heads, config.head_dim)
+        k, v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        layers.append(LayerCache(k, v))
+    return KVCache(tuple(layers), torch.zeros((batch, slots), dtype=torch.long, device=device), 0)
+
+
+def remember(
+    cache: LayerCache, k: Float[Tensor, "B T K H"], v: Float[Tensor, "B T K H"], visibility: Visibility
+) -> tuple[LayerCache, Visibility, LayerCache]:
+    """Keys and values that T new tokens may see, which ones they are, and the cache with the new ones written.
+
+    visibility: of the new tokens in a cache that forgets nothing.
+    """
+    S, T = cache.k.shape[1], k.shape[1]
+    start = int(visibility.query_index[0])
+    if visibility.key_index.shape[0] == S:
+        cache.k[:, start : start + T] = k
+        cache.v[:, start : start + T] = v
+        return cache, visibility, cache
+    if T == 1:
+        # The token that is overwritten left the window of this one.
+        cache.k[:, start % S] = k[:, 0]
+        cache.v[:, start % S] = v[:, 0]
+        return cache, _of_ring(visibility, _ring_index(start + 1, S, k.device)), cache
+    # Several new tokens: the first still see what the last will have overwritten.
+    seen = LayerCache(*(torch.cat([old, new.to(old.dtype)], dim=1) for old, new in zip(cache, (k, v))))
+    seen_index = torch.cat([_ring_index(start, S, k.device), visibility.query_index])
+    kept = T if visibility.kept is None else int(visibility.kept)
+    newest = torch.arange(max(kept - S, 0), kept, device=k.device)
+    cache.k[:, (start + newest) % S] = k[:, newest].to(cache.k.dtype)
+    cache.v[:, (start + newest) % S] = v[:, newest].to(cache.v.dtype)
+    return seen, _of_ring(visibility, seen_index), cache
+
+
+def _ring_index(length: int, slots: int, device: torch.device) -> Int[Tensor, " S"]:
+    """Which of `length` tokens each slot of a ring holds: the newest t with t mod S = slot; negative = none."""
+    last = length - 1
+    return last - (last - torch.arange(slots, device=device)) % slots
+
+
+def _of_ring(visibility: Visibility, index: Int[Tensor, " S"]) -> Visibility:
+    """Visibility of the tokens `index` among all; segment 0 where there is none."""
+    segment = None
+    if visibility.key_segment is not None:
+        segment = visibility.key_segment[:, index.clamp(min=0)].masked_fill(index < 0, 0)
+    return visibility._replace(key_index=index, key_segment=segment)
 
 
 def allowed(visibility: Visibility, window: int) -> Bool[Tensor, "#B T S"]:
@@ -180,10 +230,7 @@ class Attention(nn.Module):
         acts = {"q": q_BTNH, "k": k_BTKH, "v": v_BTKH}
         k_BSKH, v_BSKH = k_BTKH, v_BTKH
         if cache is not None:
-            start = int(visibility.query_index[0])
-            cache.k[:, start : start + T] = k_BTKH
-            cache.v[:, start : start + T] = v_BTKH
-            k_BSKH, v_BSKH = cache.k, cache.v
+            (k_BSKH, v_BSKH), visibility, cache = remember(cache, k_BTKH, v_BTKH, visibility)
         out_BTNH, scores = self.attend(q_BTNH, k_BSKH, v_BSKH, visibility, cached=cache is not None, key=key)
         acts |= {"heads": out_BTNH} if scores is None else {"scores": scores, "heads": out_BTNH}
         return self.o_proj(out_BTNH.reshape(B, T, -1)), acts, cache

@@ -106,9 +106,10 @@ class Decoder(nn.Module):
         """The final norm's output, all activations by module path, and the cache after these tokens.
 
         positions: rotary or learned positions, default 0..T-1 after the cached ones. segments: documents of a packed
-        row are 1, 2, ...; 0 is padding; default one document. train: a capacity limit holds. key: dropout is drawn.
-        expert_ids: a recorded routing to replay, by layer (dense layers' entries are not read): probabilities stay
-        live, the choice is given (Megatron-Core's router replay; arXiv:2510.11370).
+        row are 1, 2, ...; 0 is padding, which a cache forgets where it ends all rows; default one document. train: a
+        capacity limit holds. key: dropout is drawn. expert_ids: a recorded routing to replay, by layer (dense layers'
+        entries are not read): probabilities stay live, the choice is given (Megatron-Core's router replay;
+        arXiv:2510.11370).
         """
         B, T = ids.shape
         start = 0 if cache is None else cache.length
@@ -135,7 +136,8 @@ class Decoder(nn.Module):
             layers.append(layer_cache)
         acts["final_norm"] = x = self.final_norm(x)
         if cache is not None:
-            cache = cache._replace(layers=tuple(layers), length=cache.length + T)
+            assert visibility.kept is not None
+            cache = cache._replace(layers=tuple(layers), length=cache.length + int(visibility.kept))
         return x, acts, cache
 
     def forward(
@@ -190,7 +192,12 @@ def _visibility(
     if cache is None:
         return Visibility(query_index, query_index, segments, segments), None
     device = query_index.device
-    segments = torch.ones(shape, dtype=torch.long, device=device) if segments is None else segments
+    kept = shape[1]
+    if segments is None:
+        segments = torch.ones(shape, dtype=torch.long, device=device)
+    else:
+        filled = (segments > 0).any(0).nonzero()
+        kept = int(filled[-1]) + 1 if len(filled) else 0
     cache.segment[:, cache.length : cache.length + shape[1]] = segments
     slots = torch.arange(cache.segment.shape[1], device=device)
-    return Visibility(query_index, slots, segments, cache.segment), cache
+    return Visibility(query_index, slots, segments, cache.segment, kept), cache

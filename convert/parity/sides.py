@@ -16,9 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+import jaxlm.cached
 import jaxlm.generate
 import jaxlm.optim
 import jaxlm.train
+import torchref.cached
 import torchref.generate
 import torchref.optim
 import torchref.train
@@ -28,7 +30,20 @@ from convert.parity.precision import COMPILER_OPTIONS
 from convert.tree import Flat, from_torch, load_torch, to_numpy
 from jaxlm.config import ModelConfig, RunConfig
 from jaxlm.model import Split, abstract_model, merge_model
+from jaxlm.sampling import Sampling
 from torchref.model import Decoder as TorchDecoder
+
+# Every processor at work, and none so strong that it alone decides.
+SAMPLED = Sampling(
+    temperature=0.8,
+    top_k=40,
+    top_p=0.95,
+    min_p=0.02,
+    repetition_penalty=1.2,
+    presence_penalty=0.1,
+    frequency_penalty=0.1,
+    no_repeat_ngram=2,
+)
 
 
 class Step(NamedTuple):
@@ -83,7 +98,7 @@ class Side(Protocol):
     def answers(
         self, prompts: Sequence[Sequence[int]], noise: np.ndarray | None, length: int
     ) -> list[list[int]]:
-        """Greedy answers, or sampled ones under the given Gumbel noise [M, B, V]."""
+        """Greedy answers, or sampled ones under the given Gumbel noise [M, B, V] and all processors."""
         ...
 
 
@@ -178,20 +193,24 @@ class JaxSide:
     def cached_logits(self, prompts: Sequence[Sequence[int]], answers: np.ndarray) -> list[np.ndarray]:
         """Logits [B, V] after the prompts and after each token of answers [B, M], through the cache."""
         model = self._split()
-        logits, state = jaxlm.generate.prefill(model, prompts, max(map(len, prompts)) + answers.shape[1])
+        logits, state = jaxlm.cached.prefill(model, prompts, max(map(len, prompts)) + answers.shape[1])
         found = [_wide(logits)]
         for tokens in answers.T:
-            logits, state = jaxlm.generate.decode_step(model, jnp.asarray(tokens, jnp.int32), state)
+            logits, state = jaxlm.cached.decode_step(model, jnp.asarray(tokens, jnp.int32), state)
             found.append(_wide(logits))
         return found
 
     def answers(
         self, prompts: Sequence[Sequence[int]], noise: np.ndarray | None, length: int
     ) -> list[list[int]]:
-        """Greedy answers, or sampled ones under the given Gumbel noise [M, B, V]."""
-        settings = jaxlm.generate.Sampling(length, temperature=0.0 if noise is None else 0.8)
+        """Greedy answers, or sampled ones under the given Gumbel noise [M, B, V] and all processors."""
+        settings = (
+            Sampling(length, greedy=True)
+            if noise is None
+            else dataclasses.replace(SAMPLED, max_new_tokens=length)
+        )
         draws = None if noise is None else jnp.asarray(noise)
-        return jaxlm.generate.generate(self._split(), prompts, settings, draws)
+        return [best.ids for (best,) in jaxlm.generate.decode(self._split(), prompts, settings, draws)]
 
     def _split(self) -> Split:
         return Split(self.graphdef, jaxlm.train.cast_params(self.params, self.dtype))
@@ -284,21 +303,25 @@ class TorchSide:
         """Logits [B, V] after the prompts and after each token of answers [B, M], through the cache."""
         model = self._cast()
         slots = max(map(len, prompts)) + answers.shape[1]
-        logits, state = torchref.generate.prefill(model, prompts, slots)
+        logits, state = torchref.cached.prefill(model, prompts, slots)
         found = [_wide(to_numpy(logits))]
         for tokens in answers.T:
             tokens = torch.from_numpy(np.ascontiguousarray(tokens)).long()
-            logits, state = torchref.generate.decode_step(model, tokens, state)
+            logits, state = torchref.cached.decode_step(model, tokens, state)
             found.append(_wide(to_numpy(logits)))
         return found
 
     def answers(
         self, prompts: Sequence[Sequence[int]], noise: np.ndarray | None, length: int
     ) -> list[list[int]]:
-        """Greedy answers, or sampled ones under the given Gumbel noise [M, B, V]."""
-        settings = torchref.generate.Sampling(length, temperature=0.0 if noise is None else 0.8)
+        """Greedy answers, or sampled ones under the given Gumbel noise [M, B, V] and all processors."""
+        settings = (
+            Sampling(length, greedy=True)
+            if noise is None
+            else dataclasses.replace(SAMPLED, max_new_tokens=length)
+        )
         draws = None if noise is None else torch.from_numpy(noise)
-        return torchref.generate.generate(self._cast(), prompts, settings, draws)
+        return [best.ids for (best,) in torchref.generate.decode(self._cast(), prompts, settings, draws)]
 
     def _cast(self) -> TorchDecoder:
         cast = torchref.train.cast_params(dict(self.module.named_parameters()), self.dtype)

@@ -9,7 +9,7 @@ from helpers import random_params, tiny
 from convert import gguf_file
 from convert.gguf_tokenizer import tokenizer_metadata
 from convert.rules import ConversionError
-from convert.specials import CHATML
+from jaxlm.chat import chatml
 from jaxlm.config import ModelConfig
 from jaxlm.tensor_file import Lazy
 from jaxlm.tokenizer import GPT2_PATTERN, PATTERN, SPECIAL_TOKENS, Tokenizer
@@ -59,7 +59,7 @@ def test_the_tokenizer_is_complete(tokenizer, tmp_path):
         assert facts[f"{name}_token_id"] == tokenizer.special_id(token)
     assert not (facts["add_bos_token"] or facts["add_eos_token"] or facts["add_space_prefix"])
     assert facts["merges"] == [" ".join(pair) for pair in tokenizer._to_json()["model"]["merges"]]
-    assert facts["tokenizer.chat_template"] == CHATML
+    assert facts["tokenizer.chat_template"] == chatml()
 
 
 def test_a_tokenizer_comes_back_with_the_same_ids(tokenizer, tmp_path):
@@ -86,7 +86,7 @@ def test_chatml_renders_a_conversation():
     """As the special tokens of a trained tokenizer mean it."""
     jinja2 = pytest.importorskip("jinja2")
     messages = [{"role": "user", "content": "hi"}]
-    rendered = jinja2.Template(CHATML).render(messages=messages, add_generation_prompt=True)
+    rendered = jinja2.Template(chatml()).render(messages=messages, add_generation_prompt=True)
     assert rendered == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
 

@@ -12,10 +12,13 @@ import pytest
 from helpers import QUICK, V, random_params, relative_error, tiny
 from tolerances import tolerance
 
+from jaxlm import cached
 from jaxlm import generate as decoding
+from jaxlm.cached import decode_step, prefill, select_rows
 from jaxlm.config import ConfigError, ModelConfig, RopeScaling
-from jaxlm.generate import Sampling, choose, decode_step, generate, gumbel, prefill, stream
+from jaxlm.generate import decode, stream
 from jaxlm.model import Split, abstract_model, merge_model
+from jaxlm.sampling import Sampling
 
 STEPS = 5
 LLAMA3 = RopeScaling("llama3", factor=8.0, original_context=16, low_freq_factor=1.5, high_freq_factor=5.0)
@@ -60,6 +63,11 @@ def plain() -> Split:
     return split(PLAIN)
 
 
+def generate(model: Split, prompts: list[list[int]], settings: Sampling) -> list[list[int]]:
+    """The ids of the one answer to each prompt."""
+    return [best.ids for (best,) in decode(model, prompts, settings)]
+
+
 def cached_against_full(config: ModelConfig, dtype: Any) -> float:
     """Largest error over rows and positions: prefill and steps with a cache against one forward without."""
     model, prompts = split(config, dtype), prompts_for(config)
@@ -93,7 +101,7 @@ def test_cached_decoding_in_float32() -> None:
 def test_generate_with_a_bias_table_takes_unequal_prompts() -> None:
     """Rows of a table indexed by slot are decoded by length; every id is the full forward's argmax."""
     model, prompts = split(CASES["learned-bias-table"]), [[5, 6, 7], [8, 9, 10, 11, 12]]
-    answers = generate(model, prompts, Sampling(STEPS, temperature=0.0))
+    answers = generate(model, prompts, Sampling(STEPS, greedy=True))
     full = jax.jit(lambda params, ids: merge_model(model.graphdef, params)(ids)[0])
     for prompt, answer in zip(prompts, answers):
         ids = np.zeros((1, 10), np.int32)
@@ -119,12 +127,16 @@ def test_a_seed_reproduces_and_rows_do_not_mix(plain: Split) -> None:
 def test_one_compilation_serves_a_bucket(plain: Split) -> None:
     """Other prompts, lengths, seeds and temperatures of the same bucket compile nothing; another bucket does."""
     generate(plain, [[1, 2, 3]], dataclasses.replace(SAMPLED, temperature=0.7))
-    run = decoding._compiled(plain.graphdef)
-    before = [function._cache_size() for function in run]
+    run = {}
+    for module in (cached, decoding):
+        run |= module._compiled(plain.graphdef)._asdict()
+    before = [function._cache_size() for function in run.values()]
     generate(plain, [[4, 5, 6, 7, 8, 9, 10]], dataclasses.replace(SAMPLED, max_new_tokens=15, seed=2))
-    assert [function._cache_size() for function in run] == before
+    assert [function._cache_size() for function in run.values()] == before
     generate(plain, [list(range(17))], dataclasses.replace(SAMPLED, max_new_tokens=15))
-    assert run.prefill._cache_size() == before[0] + 1 and run.burst._cache_size() == before[2]
+    after = [function._cache_size() for function in run.values()]
+    changed = [name for name, a, b in zip(run, after, before) if a != b]
+    assert changed == ["prefill"]
 
 
 def test_a_stop_id_ends_its_row_only(plain: Split) -> None:
@@ -137,23 +149,79 @@ def test_a_stop_id_ends_its_row_only(plain: Split) -> None:
     assert max(map(len, stopped)) > 4
 
 
-@pytest.mark.parametrize("top_k", [0, 3])
-def test_choose_samples_the_softmax(top_k: int) -> None:
-    """Frequencies of 40,000 draws follow softmax(logits / temperature) of the top k, within five sigmas."""
-    logits, n = np.array([0.3, 2.0, -1.0, 1.1, 0.0, -3.0, 1.7], np.float32), 40_000
-    noise = gumbel(3, 0, jnp.arange(n), len(logits), jnp.float32)
-    ids = choose(jnp.broadcast_to(logits, (n, len(logits))), Sampling(temperature=0.8, top_k=top_k), noise)
-    p = np.exp(logits.astype(float) / 0.8)
-    p[np.argsort(-logits)[top_k or len(logits) :]] = 0
-    p /= p.sum()
-    error = np.abs(np.bincount(ids, minlength=len(logits)) / n - p)
-    assert np.all(error <= tolerance("sigmas") * np.sqrt(p * (1 - p) / n))
+def test_several_samples_are_the_rows_of_repeated_prompts(plain: Split) -> None:
+    """Sample s of prompt p is answer number p * samples + s, as if the prompt stood there that often."""
+    prompts = prompts_for(PLAIN)
+    several = decode(plain, prompts, dataclasses.replace(SAMPLED, samples=2))
+    repeated = generate(plain, [p for p in prompts for _ in range(2)], SAMPLED)
+    assert [answer.ids for of_one in several for answer in of_one] == repeated
+    assert len({tuple(row) for row in repeated}) == 6
 
 
-def test_choose_greedy_takes_the_lowest_of_equals() -> None:
-    """Exact ties go to the lowest id, and noise plays no part."""
-    logits = jnp.array([[1.0, 3.0, 3.0], [0.0, 0.0, 0.0]])
-    assert choose(logits, Sampling(temperature=0.0)).tolist() == [1, 0]
+def test_log_probabilities_are_the_full_forwards(plain: Split) -> None:
+    """Of each chosen token under the model's own softmax, whatever the temperature; the stop id has none."""
+    prompts, settings = prompts_for(PLAIN), dataclasses.replace(SAMPLED, logprobs=True)
+    full = jax.jit(lambda params, ids: merge_model(plain.graphdef, params)(ids)[0])
+    for prompt, (answer,) in zip(prompts, decode(plain, prompts, settings)):
+        assert answer.finish == "length" and len(answer.logprobs) == len(answer.ids) == 20
+        logits = np.asarray(full(plain.params, np.asarray([prompt + answer.ids]))[0], np.float64)
+        expected = (logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True))[len(prompt) - 1 : -1]
+        assert relative_error(answer.logprobs, expected[range(20), answer.ids]) < tolerance("f32_decode")
+    first = decode(plain, prompts, settings)[0][0].ids
+    (stopped,) = decode(plain, prompts, dataclasses.replace(settings, stop=(first[4],)))[0]
+    assert stopped.finish == "stop" and len(stopped.logprobs) == len(stopped.ids) == first.index(first[4])
+
+
+def test_a_caller_ends_rows(plain: Split) -> None:
+    """`ended` sees each row's ids so far and ends it; the others go on, and nothing is asked of a row that is over."""
+    prompts, seen = prompts_for(PLAIN), []
+
+    def ended(row: int, ids: list[int]) -> bool:
+        seen.append(row)
+        return row == 1 and len(ids) >= 3
+
+    answers = [best for (best,) in decode(plain, prompts, SAMPLED, ended=ended)]
+    free = generate(plain, prompts, SAMPLED)
+    assert [answer.finish for answer in answers] == ["length", "stop", "length"]
+    assert answers[0].ids == free[0] and answers[1].ids == free[1][: len(answers[1].ids)]
+    assert seen.count(1) < seen.count(0)
+
+
+def test_rows_are_picked_and_repeated(plain: Split) -> None:
+    """After `select_rows` each row decodes as the one it was taken from."""
+    prompts, tokens = prompts_for(PLAIN), jnp.array([5, 6, 7])
+    _, state = prefill(plain, prompts, 16)
+    picked = select_rows(state, jnp.array([2, 0, 0, 1]))
+    logits, _ = decode_step(plain, tokens, state)
+    again, after = decode_step(plain, tokens[jnp.array([2, 0, 0, 1])], picked)
+    assert relative_error(again, logits[jnp.array([2, 0, 0, 1])]) < tolerance("f32_decode")
+    assert after.positions.tolist() == [8, 12, 12, 4]
+
+
+@pytest.mark.parametrize("name", ["dense-tied-llama3", "moe-windows-yarn"])
+def test_a_long_prompt_is_read_in_chunks(name: str, x64: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks shorter than the window, than the padding, and with a rest: the logits of one piece."""
+    monkeypatch.setattr(cached, "SMALLEST_BUCKET", 2)
+    model, prompts = split(CASES[name], np.float64), prompts_for(CASES[name], (23, 5, 12))
+    tokens, found = jnp.array([1, 2, 3]), {}
+    for chunk in (512, 2, 8):
+        monkeypatch.setattr(cached, "CHUNK", chunk)
+        logits, state = prefill(model, prompts, 27)
+        found[chunk] = [logits]
+        for _ in range(4):
+            logits, state = decode_step(model, tokens, state)
+            found[chunk].append(logits)
+        assert int(state.cache.length) == state.length == 27
+    for chunk in (2, 8):
+        for whole, parts in zip(found[512], found[chunk], strict=True):
+            assert relative_error(parts, whole) < tolerance("f64_decode")
+
+
+def test_a_windowed_layer_remembers_its_window_only() -> None:
+    """The ring of a layer has as many slots as its window, whatever the length."""
+    model = split(CASES["moe-windows-yarn"])
+    _, state = prefill(model, [[1] * 20], 32)
+    assert [layer.k.shape[1] for layer in state.cache.layers] == [4, 32]
 
 
 @pytest.mark.parametrize(
@@ -165,9 +233,20 @@ def test_choose_greedy_takes_the_lowest_of_equals() -> None:
         ([[1], []], {}, "prompt 1 is empty"),
         ([[1, V]], {}, f"id {V}, outside the vocabulary of {V}"),
         ([[-1]], {}, "id -1"),
+        ([[1]], {"temperature": 0.0}, "temperature=0.0 must be finite and above 0; greedy"),
         ([[1]], {"temperature": -1.0}, "temperature=-1.0"),
         ([[1]], {"temperature": float("nan")}, "temperature=nan"),
         ([[1]], {"top_k": -2}, "top_k=-2"),
+        ([[1]], {"top_p": 0.0}, "top_p=0.0 must be above 0 and at most 1"),
+        ([[1]], {"top_p": 1.01}, "top_p=1.01"),
+        ([[1]], {"min_p": -0.1}, "min_p=-0.1"),
+        ([[1]], {"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
+        ([[1]], {"presence_penalty": float("inf")}, "presence_penalty=inf"),
+        ([[1]], {"no_repeat_ngram": -1}, "no_repeat_ngram=-1"),
+        ([[1]], {"num_beams": 2, "temperature": 0.7}, "num_beams=2 .* temperature=0.7 contradicts it"),
+        ([[1]], {"num_beams": 2, "top_k": 5}, "num_beams=2 .* top_k=5 contradicts it"),
+        ([[1]], {"num_beams": 2, "samples": 3}, "samples=3 must not exceed num_beams=2"),
+        ([[1]], {"greedy": True, "samples": 2}, "samples=2 .* all be the same"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0"),
         ([[1]], {"seed": 2**32}, "seed=4294967296"),
     ],

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hlo import bytes_read
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
@@ -107,6 +108,34 @@ def test_any_routing_equals_the_loop(name, backend):
     got = _compare(backend, UNIFORM, ids, **CASES["uniform"][1])
     if name == "none_local":
         assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(got))
+
+
+@pytest.mark.parametrize("name", ["uniform", "gelu_erf_one_choice_without_bias", "one_token_dropout"])
+def test_two_tokens_on_slices_equal_the_loop(name):
+    """Values and gradients of the decoding backend; experts that live elsewhere add nothing."""
+    case, options = CASES[name]
+    _compare("sliced", case | {"p": 2}, **{k: v for k, v in options.items() if k != "tiles"})
+    for routing in ("some_not_local", "none_local"):
+        with jax.enable_x64(True):
+            ids = ROUTINGS[routing](np.asarray(_problem(**UNIFORM | {"p": 2})[2]), UNIFORM["e"])
+        _compare("sliced", UNIFORM | {"p": 2}, ids)
+
+
+def test_one_token_reads_its_experts_only():
+    """Compiled, the slices of expert weights are what A of E experts hold, and nothing else reads the stacks."""
+    p, e, a, d, f = 1, 16, 2, 12, 20
+    x, weights, ids, combine = _problem(p, e, a, d, f, "swiglu", False, dtype=np.float32)
+
+    def read(backend):
+        def run(x, weights, ids, combine):
+            return expert_mlp(x, weights, ids, combine, activation="swiglu", backend=backend)
+
+        text = jax.jit(run).lower(x, weights, ids, combine).compile().as_text()
+        return bytes_read(text, [weights.up.shape, weights.down.shape])
+
+    every = 4 * (weights.up.size + weights.down.size)
+    assert a / e * every <= read("auto") <= 1.1 * a / e * every
+    assert read("loop") >= every, "the measure sees what reads them all"
 
 
 @pytest.mark.parametrize("name", ["uniform", "gelu_erf_one_choice_without_bias"])

@@ -1,6 +1,7 @@
 """Decoding in both frameworks: the same cache, the same choices, the same refusals."""
 
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,11 +15,15 @@ torch = pytest.importorskip("torch")
 from helpers import QUICK, V, random_params, relative_error, tiny  # noqa: E402
 from tolerances import tolerance  # noqa: E402
 
+import jaxlm.cached  # noqa: E402
 import jaxlm.generate  # noqa: E402
+import torchref.cached  # noqa: E402
 import torchref.generate  # noqa: E402
+import torchref.logits  # noqa: E402
 from convert.native import build_torch  # noqa: E402
 from jaxlm.config import ConfigError, ModelConfig, RopeScaling  # noqa: E402
 from jaxlm.model import Split, abstract_model  # noqa: E402
+from jaxlm.sampling import Sampling  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -54,6 +59,11 @@ def twins() -> tuple[Split, Any]:
     return model, build_torch(TWINS, params)
 
 
+def answers(module: Any, model: Any, *arguments: Any) -> list[list[int]]:
+    """The ids of the one answer to each prompt."""
+    return [best.ids for (best,) in module.generate.decode(model, *arguments)]
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("name", CASES)
 def test_torch_cached_decoding_is_the_full_forward(name: str, dtype: str) -> None:
@@ -64,10 +74,10 @@ def test_torch_cached_decoding_is_the_full_forward(name: str, dtype: str) -> Non
     lengths = (7, 7, 7) if config.attn_bias_table else (11, 3, 7)
     prompts = [rng.integers(0, V, n).tolist() for n in lengths]
     rest = torch.from_numpy(rng.integers(0, V, (STEPS, len(prompts))))
-    logits, state = torchref.generate.prefill(model, prompts, max(lengths) + STEPS)
+    logits, state = torchref.cached.prefill(model, prompts, max(lengths) + STEPS)
     made = [logits]
     for tokens in rest:
-        logits, state = torchref.generate.decode_step(model, tokens, state)
+        logits, state = torchref.cached.decode_step(model, tokens, state)
         made.append(logits)
     limit = tolerance("f64_decode" if dtype == "float64" else "f32_decode")
     for row, prompt in enumerate(prompts):
@@ -79,8 +89,8 @@ def test_torch_cached_decoding_is_the_full_forward(name: str, dtype: str) -> Non
 def test_greedy_answers_are_equal(twins: tuple[Split, Any]) -> None:
     """Token for token, and greedy in torch is the argmax of the full forward."""
     model, decoder = twins
-    ours = jaxlm.generate.generate(model, PROMPTS, jaxlm.generate.Sampling(16, temperature=0.0))
-    theirs = torchref.generate.generate(decoder, PROMPTS, torchref.generate.Sampling(16, temperature=0.0))
+    ours = answers(jaxlm, model, PROMPTS, Sampling(16, greedy=True))
+    theirs = answers(torchref, decoder, PROMPTS, Sampling(16, greedy=True))
     assert ours == theirs
     assert len({token for row in ours for token in row}) > 10, "an answer that repeats itself proves little"
     for prompt, answer in zip(PROMPTS, theirs):
@@ -89,33 +99,40 @@ def test_greedy_answers_are_equal(twins: tuple[Split, Any]) -> None:
 
 
 def test_answers_under_shared_noise_are_equal(twins: tuple[Split, Any]) -> None:
-    """With one source of Gumbel noise, sampling is a function of the logits: token for token, top-k and stop too."""
+    """With one source of Gumbel noise, sampling is a function of the logits: token for token, whatever the settings."""
     model, decoder = twins
-    noise = np.random.default_rng(5).gumbel(size=(16, len(PROMPTS), V)).astype(np.float32)
-    facts = {"max_new_tokens": 16, "temperature": 0.9, "top_k": 12, "stop": (17, 4)}
-    ours = jaxlm.generate.generate(model, PROMPTS, jaxlm.generate.Sampling(**facts), jnp.asarray(noise))
-    sampling = torchref.generate.Sampling(**facts)
-    assert ours == torchref.generate.generate(decoder, PROMPTS, sampling, torch.from_numpy(noise))
-    assert (
-        list(torchref.generate.stream(decoder, PROMPTS[0], sampling, torch.from_numpy(noise[:, :1])))
-        == ours[0]
-    )
+    noise = np.random.default_rng(5).gumbel(size=(16, 2 * len(PROMPTS), V)).astype(np.float32)
+    penalties = {"repetition_penalty": 1.3, "presence_penalty": 0.2, "frequency_penalty": 0.3}
+    every = {"temperature": 0.9, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "no_repeat_ngram": 2} | penalties
+    for facts in ({"temperature": 0.9, "top_k": 12, "stop": (17, 4)}, every | {"logprobs": True}):
+        settings = Sampling(16, samples=2, **facts)
+        ours = jaxlm.generate.decode(model, PROMPTS, settings, jnp.asarray(noise))
+        theirs = torchref.generate.decode(decoder, PROMPTS, settings, torch.from_numpy(noise))
+        for a, b in zip(itertools.chain(*ours), itertools.chain(*theirs), strict=True):
+            assert a[:1] + a[2:] == b[:1] + b[2:]
+            assert len(a.logprobs) == len(b.logprobs) == (len(a.ids) if settings.logprobs else 0)
+            assert not a.logprobs or relative_error(a.logprobs, b.logprobs) < tolerance("f32_decode")
+        single = Sampling(16, **facts)
+        (first,) = torchref.generate.decode(decoder, PROMPTS[:1], single, torch.from_numpy(noise[:, :1]))[0]
+        assert first.ids == ours[0][0].ids
+        streamed = torchref.generate.stream(decoder, PROMPTS[0], single, torch.from_numpy(noise[:, :1]))
+        assert list(streamed) == first.ids
 
 
 def test_a_torch_seed_reproduces_and_rows_do_not_mix(twins: tuple[Split, Any]) -> None:
     """An answer depends on prompt, seed and row only; `stream` gives the same ids."""
     decoder = twins[1]
-    settings = torchref.generate.Sampling(16, temperature=1.0, seed=3)
-    answers = torchref.generate.generate(decoder, PROMPTS, settings)
-    assert torchref.generate.generate(decoder, PROMPTS, settings) == answers
-    assert torchref.generate.generate(decoder, [PROMPTS[0], [5]], settings)[0] == answers[0]
-    assert list(torchref.generate.stream(decoder, PROMPTS[0], settings)) == answers[0]
-    assert torchref.generate.generate(decoder, PROMPTS, torchref.generate.Sampling(16, seed=4)) != answers
+    settings = Sampling(16, seed=3)
+    first = answers(torchref, decoder, PROMPTS, settings)
+    assert answers(torchref, decoder, PROMPTS, settings) == first
+    assert answers(torchref, decoder, [PROMPTS[0], [5]], settings)[0] == first[0]
+    assert list(torchref.generate.stream(decoder, PROMPTS[0], settings)) == first[0]
+    assert answers(torchref, decoder, PROMPTS, Sampling(16, seed=4)) != first
 
 
 def test_torch_noise_is_gumbel() -> None:
     """Mean and variance of standard Gumbel noise: Euler's constant and pi^2/6."""
-    noise = torchref.generate.gumbel(0, 1, range(20), 2_000, torch.float64)
+    noise = torchref.logits.gumbel(0, 1, range(20), 2_000, torch.float64)
     error = noise.var().sqrt() / noise.numel() ** 0.5
     assert abs(noise.mean() - np.euler_gamma) < tolerance("sigmas") * error
     assert (
@@ -124,30 +141,17 @@ def test_torch_noise_is_gumbel() -> None:
     assert len({tuple(row[:3].tolist()) for row in noise}) == 20
 
 
-def test_choose_breaks_ties_alike() -> None:
-    """The lowest id among exactly equal logits, and all that tie with the k-th stay in."""
-    logits = np.array([[1.0, 3.0, 3.0, 3.0], [0.0, 0.0, 0.0, 0.0]], np.float32)
-    noise = np.array([[9.0, 0.0, 1.0, 2.0], [3.0, 4.0, 4.0, 1.0]], np.float32)
-    for facts, expected in (({"temperature": 0.0}, [1, 0]), ({"temperature": 2.0, "top_k": 2}, [3, 1])):
-        ours = jaxlm.generate.choose(
-            jnp.asarray(logits), jaxlm.generate.Sampling(**facts), jnp.asarray(noise)
-        )
-        sampling = torchref.generate.Sampling(**facts)
-        theirs = torchref.generate.choose(torch.from_numpy(logits), sampling, torch.from_numpy(noise))
-        assert ours.tolist() == theirs.tolist() == expected
-
-
 @pytest.mark.parametrize("prompts", [[[1] * 30], [], [[1], []], [[1, V]], [[-1]]])
 def test_both_refuse_alike(twins: tuple[Split, Any], prompts: list[list[int]]) -> None:
     """The same one-line message, context overflow among them; in `stream` before the first id is asked for."""
     messages = []
     for module, model in zip((jaxlm.generate, torchref.generate), twins):
         with pytest.raises(ConfigError) as caught:
-            module.generate(model, prompts, module.Sampling(12))
+            module.decode(model, prompts, Sampling(12))
         messages.append(str(caught.value))
         if len(prompts) == 1:
             with pytest.raises(ConfigError):
-                module.stream(model, prompts[0], module.Sampling(12))
+                module.stream(model, prompts[0], Sampling(12))
     assert messages[0] == messages[1] and "\n" not in messages[0]
 
 
@@ -157,8 +161,8 @@ def test_cached_logits_are_equal_in_float64(x64: None) -> None:
     model = Split(
         abstract_model(TWINS).graphdef, {path: jnp.asarray(value) for path, value in params.items()}
     )
-    ours, state = jaxlm.generate.prefill(model, PROMPTS, 16)
-    theirs, torch_state = torchref.generate.prefill(build_torch(TWINS, params), PROMPTS, 16)
+    ours, state = jaxlm.cached.prefill(model, PROMPTS, 16)
+    theirs, torch_state = torchref.cached.prefill(build_torch(TWINS, params), PROMPTS, 16)
     assert relative_error(ours, theirs) < tolerance("f64_decode")
     assert state.positions.tolist() == torch_state.positions.tolist()
     for layer, torch_layer in zip(state.cache.layers, torch_state.cache.layers):

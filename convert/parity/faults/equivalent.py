@@ -162,7 +162,7 @@ REWRITES = (
     Rewrite("norm by division", "torchref.layers.RMSNorm.forward", _norm_by_division),
     Rewrite("embedding as a product", "torchref.layers.Embed.forward", _lookup_as_product),
     Rewrite("last expert first", "torchref.moe.Experts.forward", _last_expert_first),
-    Rewrite("positions counted with the padding", "torchref.generate._pad", _positions_with_padding),
+    Rewrite("positions counted with the padding", "torchref.cached._pad", _positions_with_padding),
     Rewrite("AdamW over all tensors at once", "torchref.optim.make_optimizer", _all_tensors_at_once),
     Rewrite("a rule for each projection", "convert.native.RULES", _rules_one_by_one),
     Rewrite("decay before the step", "jaxlm.optim.scale_by_exact_adamw", own_update(_decay_before_the_step)),

@@ -5,6 +5,8 @@ import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jaxlm.beam
+import jaxlm.cached
 import jaxlm.generate
 import jaxlm.rope_table
 import torchref.model
@@ -47,5 +49,6 @@ def resolve(target: str) -> tuple[Any, str]:
 
 def _forget() -> None:
     """Empties the caches of the three packages that would answer with what was there before."""
-    for cached in (jaxlm.generate._compiled, jaxlm.rope_table._table, torchref.model._rope_tensors):
+    compiled = (module._compiled for module in (jaxlm.cached, jaxlm.beam, jaxlm.generate))
+    for cached in (*compiled, jaxlm.rope_table._table, torchref.model._rope_tensors):
         cached.cache_clear()

@@ -1,5 +1,6 @@
 """Faults of decoding through the cache, and of jaxlm on a mesh."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -38,9 +39,9 @@ def _positions_one_late(original: Any) -> Any:
 def _padding_is_text(original: Any) -> Any:
     """The padding left of a short prompt has the prompt's segment."""
 
-    def pad(prompts, longest, width):
-        ids, positions, segments = original(prompts, longest, width)
-        segments[:, :longest] = 1
+    def pad(prompts, longest, start, width):
+        ids, positions, segments = original(prompts, longest, start, width)
+        segments[:, : longest - start] = 1
         return ids, positions, segments
 
     return pad
@@ -58,8 +59,50 @@ def _segment_not_noted(original: Any) -> Any:
     return visibility
 
 
-def _no_window_in_steps(original: Any) -> Any:
-    return lambda seen, window: original(seen, window if len(seen.query_index) > 1 else 0)
+def _ring_too_small(original: Any) -> Any:
+    """A windowed layer remembers one token less than its window."""
+
+    def init_cache(config, *rest):
+        windows = tuple(max(w - 1, 0) for w in config.windows)
+        return original(dataclasses.replace(config, windows=windows), *rest)
+
+    return init_cache
+
+
+def _ring_a_slot_late(original: Any) -> Any:
+    """Each slot of a window's ring is taken for the token of its neighbour."""
+    return lambda length, slots: jnp.roll(original(length, slots), 1)
+
+
+def _ring_forgets_early(original: Any) -> Any:
+    """Of the ring, the oldest token is not seen any more."""
+
+    def of_ring(visibility, index):
+        seen = original(visibility, index)
+        oldest = index == index.min()
+        return seen._replace(key_segment=seen.key_segment.masked_fill(oldest, 0))
+
+    return of_ring
+
+
+def _padding_is_kept(original: Any) -> Any:
+    """The cache counts a prompt's padding on the right as tokens."""
+
+    def visibility(query_index, segments, cache, shape):
+        seen, cache = original(query_index, segments, cache, shape)
+        return (seen if cache is None else seen._replace(kept=shape[1])), cache
+
+    return visibility
+
+
+def _penalty_rewards(original: Any) -> Any:
+    """The repetition penalty makes seen tokens likelier."""
+    return lambda logits, seen, penalty: original(logits, seen, 1 / penalty)
+
+
+def _tail_of_top_p(original: Any) -> Any:
+    """1 - p is kept where p is meant."""
+    return lambda logits, tail: original(logits, 1 - tail)
 
 
 def _new_keys_not_turned(original: Any) -> Any:
@@ -72,21 +115,20 @@ def _cache_in_float32(original: Any) -> Any:
 
 
 def _noise_of_another_row(original: Any) -> Any:
-    def choose(logits, settings, noise=None):
-        return original(logits, settings, None if noise is None else noise.roll(1, 0))
+    def choose(logits, noise=None):
+        return original(logits, None if noise is None else noise.roll(1, 0))
 
     return choose
 
 
 def _temperature_inverted(original: Any) -> Any:
-    def choose(logits, temperature, top_k, noise):
-        return original(logits, None if temperature is None else 1 / temperature, top_k, noise)
-
-    return choose
+    return lambda logits, temperature: original(logits, 1 / temperature)
 
 
 def _noise_of_the_step_before(original: Any) -> Any:
-    return lambda draws, step, logits: original(draws, jnp.maximum(step - 1, 0), logits)
+    return lambda logits, history, draws, step, rules: original(
+        logits, history, draws, jnp.maximum(step - 1, 0), rules
+    )
 
 
 def _island(first: Callable[..., Any], local_ids: Callable[..., Any], collect: Callable[..., Any]) -> Any:
@@ -220,12 +262,12 @@ _TABLE = (
     (
         "new positions one too far",
         "cache",
-        "jaxlm.generate.prefill",
+        "jaxlm.cached.prefill",
         _positions_one_late,
         "decoding",
         "jax.step",
     ),
-    ("left padding is seen", "cache", "jaxlm.generate._pad", _padding_is_text, "decoding", "jax.prefill"),
+    ("left padding is seen", "cache", "jaxlm.cached._pad", _padding_is_text, "decoding", "jax.prefill"),
     (
         "segment of new tokens not noted",
         "cache",
@@ -235,13 +277,46 @@ _TABLE = (
         "torch.step",
     ),
     (
-        "window ignored in steps",
+        "ring a slot smaller than the window",
         "cache",
-        "jaxlm.attention.allowed",
-        _no_window_in_steps,
+        "jaxlm.cached.init_cache",
+        _ring_too_small,
         "decoding",
         "jax.step",
     ),
+    (
+        "ring read a slot late",
+        "cache",
+        "jaxlm.attention._ring_index",
+        _ring_a_slot_late,
+        "decoding",
+        "jax.step",
+    ),
+    (
+        "oldest token of the ring not seen",
+        "cache",
+        "torchref.attention._of_ring",
+        _ring_forgets_early,
+        "decoding",
+        "torch.step",
+    ),
+    (
+        "padding of a prompt kept in the cache",
+        "cache",
+        "jaxlm.model._visibility",
+        _padding_is_kept,
+        "decoding",
+        "jax.prefill",
+    ),
+    (
+        "repetition penalty inverted",
+        "cache",
+        "jaxlm.logits.repetition_penalty",
+        _penalty_rewards,
+        "sampling",
+        "tokens",
+    ),
+    ("top-p keeps the tail", "cache", "torchref.logits.keep_top_p", _tail_of_top_p, "sampling", "tokens"),
     (
         "new keys cached unrotated",
         "cache",
@@ -250,7 +325,7 @@ _TABLE = (
         "decoding",
         "torch.step",
     ),
-    ("cache in float32", "cache", "jaxlm.generate.init_cache", _cache_in_float32, "decoding", "jax.prefill"),
+    ("cache in float32", "cache", "jaxlm.cached.init_cache", _cache_in_float32, "decoding", "jax.prefill"),
     (
         "noise of another row",
         "cache",
@@ -262,7 +337,7 @@ _TABLE = (
     (
         "noise of the step before",
         "cache",
-        "jaxlm.generate._noise",
+        "jaxlm.generate._pick",
         _noise_of_the_step_before,
         "sampling",
         "tokens",
@@ -270,7 +345,7 @@ _TABLE = (
     (
         "logits times the temperature",
         "cache",
-        "jaxlm.generate._choose",
+        "jaxlm.logits.scale_by_temperature",
         _temperature_inverted,
         "sampling",
         "tokens",

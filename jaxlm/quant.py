@@ -1,0 +1,450 @@
+"""Weight-only quantisation for inference: int8, int4 and nf4. Twin: torchref/quant.py.
+
+    int8   one scale per output channel: w = code * absmax/127, codes -127..127            8.0 bits a weight
+    int4   blocks of 64 weights: w = (code - 8) * absmax/7, codes 1..15                    4.5
+    nf4    blocks of 64 weights: w = level[code] * absmax, absmax itself in 8 bits         4.127
+
+Quantised are the projections of attention and MLPs (the shared expert's too) and the experts. Embeddings, head (tied
+or not), router, the shared expert's gate, norms and biases stay as they are, which is bitsandbytes' convention.
+
+nf4 is QLoRA's (arXiv:2305.14314, section 3): the 16 quantiles of a normal distribution, and "double quantisation":
+the absmax of the blocks, less their mean, are themselves quantised in blocks of 256 by the dynamic 8-bit map of
+arXiv:1511.04561. Codes, absmax and values are bitsandbytes' to the bit, where bitsandbytes takes the mean with one
+thread. int4 has the blocks of nf4, so that the two differ in their levels alone; half a bit pays for the scales.
+
+Layout: everything is stored for the weight as PyTorch has it, [..., out, in], in C order; blocks are cut from the
+flattened weight and cross rows where 64 does not divide `in`; two 4-bit codes share a byte, the first in the high half.
+A product contracts over the last axis, the one that lies in memory one after the other. So both frameworks and
+bitsandbytes hold the same bytes. The experts of a layer are one weight.
+
+A weight is dequantised in float32 inside the call that uses it, and cast to the dtype of the activation.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+from jaxlm.config import ConfigError, InputError, ModelConfig, nearest
+from jaxlm.grouped import ExpertWeights, expert_mlp
+from jaxlm.layers import Backends, Linear, add_bias
+from jaxlm.model import Abstract, Decoder, Params, Split, abstract_model, merge_model
+from jaxlm.moe import Experts
+from jaxlm.shapes import Float, Int
+
+Kind = Literal["int8", "int4", "nf4"]
+KINDS: tuple[str, ...] = get_args(Kind)
+BLOCK = 64  # weights with one absmax
+NESTED_BLOCK = 256  # absmax values with one absmax of their own
+# arXiv:2305.14314, appendix E: quantiles of the normal distribution, scaled to [-1, 1], with an exact zero.
+NF4_LEVELS = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941),
+    *(0.7229568362236023, 1.0),
+)
+INT4_LEVELS = tuple(float(code - 8) for code in range(16))
+_PROJECTION = re.compile(
+    r"blocks\.\d+\.(attn\.[qkvo]_proj\.weight|(mlp|moe\.shared)\.(gate|up|down)_proj\.weight"
+    r"|moe\.experts\.(gate_up|up|down))"
+)
+_PIECE = 1 << 22  # weights the host quantises at once
+_SMALLEST = np.float32(1e-38)  # stands in for an absmax of zero in a quotient; bitsandbytes' choice
+
+
+class Quantized(NamedTuple):
+    """What is stored of one weight; the last two are nf4's alone."""
+
+    codes: Any  # int8 [..., out, in]; 4 bits: uint8 [ceil(n/2)] of the flattened weight
+    scales: Any  # int8: float32 [..., out]; int4: float32 [blocks]; nf4: uint8 [blocks], places in the dynamic map
+    nested: Any = None  # float32 [ceil(blocks/256)]: absmax of the centred absmax
+    offset: Any = None  # float32 []: mean of the absmax
+
+
+class WeightError(NamedTuple):
+    """How well one quantised weight stands for the original."""
+
+    path: str  # of the original, for example blocks.0.attn.q_proj.weight
+    error: float  # ||quantised - original|| / ||original||, Frobenius; 0 where both are zero
+    bytes_before: int
+    bytes_after: int  # codes and scales
+
+
+def is_quantized(path: str) -> bool:
+    """Whether the weight of this path is one of those that are quantised."""
+    return _PROJECTION.fullmatch(path) is not None
+
+
+def dynamic_map() -> np.ndarray:
+    """The signed dynamic 8-bit map, float32 [256], ascending: seven decades, each twice as fine as the one below.
+
+    Source: arXiv:1511.04561, section 3; the midpoints of 2^i equal parts of [0.1, 1] times 10^(i-6), zero and one.
+    """
+    start, values = np.float32(0.1), [np.zeros(1, np.float32), np.ones(1, np.float32)]
+    for i in range(7):
+        parts = 2**i
+        step, k = (np.float32(1) - start) / np.float32(parts), np.arange(parts + 1, dtype=np.float64)
+        # In double, so that each point is rounded once, and from the nearer end.
+        points = np.where(k < (parts + 1) // 2, start + step * k, 1 - step * (parts - k)).astype(np.float32)
+        middles = np.float32(10.0 ** (i - 6)) * ((points[:-1] + points[1:]) / np.float32(2))
+        values += [middles, -middles]
+    return np.sort(np.concatenate(values))
+
+
+def quantize_tensor(weight: Float[np.ndarray, "*W O I"], kind: str) -> Quantized:
+    """Codes and scales of a weight in PyTorch's layout, on the host; taken in float32, whatever its dtype.
+
+    Raises ConfigError on an unknown kind, InputError where a value is not finite.
+    """
+    _check_kind(kind)
+    wide = np.ascontiguousarray(np.asarray(weight).astype(np.float32))
+    absmax = np.abs(wide).max(-1) if kind == "int8" else _absmax(wide.reshape(-1), BLOCK)
+    if not np.isfinite(absmax).all():
+        raise InputError("a weight holds NaN or infinity and cannot be quantised")
+    if kind == "int8":
+        scales = absmax / np.float32(127)
+        return Quantized(_rounded(wide, scales[..., None], 127).astype(np.int8), scales)
+    if kind == "int4":
+        scales = absmax / np.float32(7)
+        return Quantized(_pack(wide.reshape(-1), lambda w, at: _rounded(w, scales[at, None], 7) + 8), scales)
+    levels = np.asarray(NF4_LEVELS, np.float32)
+    bounds = (levels[:-1] + levels[1:]) / np.float32(2)
+    inverse = np.float32(1) / np.maximum(absmax, _SMALLEST)
+    full = wide.size // BLOCK
+
+    def codes(w: np.ndarray, at: np.ndarray) -> np.ndarray:
+        scaled = w * inverse[at, None]
+        if at[-1] == full:  # a last block that is not full is divided, not multiplied: another rounding
+            scaled[-1] = w[-1] / np.maximum(absmax[full], _SMALLEST)
+        found = np.zeros(scaled.shape, np.uint8)
+        for bound in bounds:  # several times faster than a search
+            found += scaled > bound
+        return found
+
+    packed = _pack(wide.reshape(-1), codes)
+    if wide.size % BLOCK:
+        absmax[full] = max(absmax[full], _SMALLEST)
+    return Quantized(packed, *_quantize_absmax(absmax))
+
+
+def dequantize_tensor(stored: Quantized, kind: str, shape: tuple[int, ...]) -> Float[Array, "*W O I"]:
+    """The float32 weight [..., out, in] that the codes stand for; the inverse of `quantize_tensor`."""
+    _check_kind(kind)
+    if kind == "int8":
+        return jnp.asarray(stored.codes).astype(jnp.float32) * jnp.asarray(stored.scales)[..., None]
+    n, blocks = math.prod(shape), len(stored.scales)
+    scales = jnp.asarray(stored.scales) if kind == "int4" else dequantize_absmax(stored)
+    # Both codes of a byte in one look-up: half as many, and nothing to shift.
+    levels = np.asarray(INT4_LEVELS if kind == "int4" else NF4_LEVELS, np.float32)
+    pairs = jnp.asarray(np.stack([levels.repeat(16), np.tile(levels, 16)], axis=1))
+    values = pairs.at[jnp.asarray(stored.codes)].get(mode="promise_in_bounds").reshape(-1)
+    values = jnp.pad(values[:n], (0, blocks * BLOCK - n)) if n != blocks * BLOCK else values
+    return (values.reshape(blocks, BLOCK) * scales[:, None]).reshape(-1)[:n].reshape(shape)
+
+
+def dequantize_absmax(stored: Quantized) -> Float[Array, " C"]:
+    """The absmax of nf4's blocks, float32, from their 8-bit codes."""
+    n = len(stored.scales)
+    nested = jnp.broadcast_to(jnp.asarray(stored.nested)[:, None], (len(stored.nested), NESTED_BLOCK))
+    nested = nested.reshape(-1)[:n]
+    centred = jnp.asarray(dynamic_map())[jnp.asarray(stored.scales)] * nested
+    # Changes nothing, since the map is within [-1, 1]; but a product that is clipped before it is added is rounded,
+    # which the compiler would spare itself in a fused multiply-add.
+    return jnp.clip(centred, -nested, nested) + stored.offset
+
+
+class QuantWeight(nnx.Module):
+    """One quantised weight; called with an activation, it gives the weight in its dtype."""
+
+    def __init__(self, shape: tuple[int, ...], kind: str, stored: Quantized):
+        self.shape, self.kind = shape, kind
+        self.codes, self.scales = nnx.Param(stored.codes), nnx.Param(stored.scales)
+        self.nested = None if stored.nested is None else nnx.Param(stored.nested)
+        self.offset = None if stored.offset is None else nnx.Param(stored.offset)
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        parts = (self.codes, self.scales, self.nested, self.offset)
+        stored = Quantized(*(None if part is None else part[...] for part in parts))
+        return dequantize_tensor(_after(x, stored), self.kind, self.shape).astype(x.dtype)
+
+
+class QuantLinear(nnx.Module):
+    """`Linear` on a quantised weight [out, in]: x @ weight.T (+ bias)."""
+
+    def __init__(self, weight: QuantWeight, bias: nnx.Param | None):
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+        y = jnp.einsum("...i,oi->...o", x, self.weight(x))
+        return y if self.bias is None else add_bias(y, self.bias[...])
+
+
+class QuantExperts(nnx.Module):
+    """`Experts` on quantised weights: gate_up [E, 2F, D] or up [E, F, D], and down [E, D, F]. For one device."""
+
+    def __init__(self, experts: Experts, up: QuantWeight, down: QuantWeight):
+        gated = experts.up is None
+        self.gate_up, self.up = (up, None) if gated else (None, up)
+        self.gate_up_bias, self.up_bias = experts.gate_up_bias, experts.up_bias
+        self.down, self.down_bias = down, experts.down_bias
+        self.kind, self.rate, self.backend = experts.kind, experts.rate, experts.backend
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        ids: Int[Array, "B T A"],
+        weights: Float[Array, "B T A"],
+        key: Array | None = None,
+    ) -> Float[Array, "B T D"]:
+        """sum_a weights[a] * MLP_{ids[a]}(x)."""
+        up, up_bias = (self.gate_up, self.gate_up_bias) if self.up is None else (self.up, self.up_bias)
+        assert up is not None
+
+        def cast(bias: nnx.Param | None) -> Array | None:
+            return None if bias is None else bias[...].astype(x.dtype)
+
+        stacked = ExpertWeights(up(x).mT, cast(up_bias), self.down(x).mT, cast(self.down_bias))
+        out = expert_mlp(
+            x.reshape(-1, x.shape[-1]),
+            stacked,
+            ids.reshape(-1, ids.shape[-1]),
+            weights.reshape(-1, ids.shape[-1]),
+            activation=self.kind,
+            backend=self.backend,
+            hidden_dropout=None if key is None or self.rate == 0 else (key, self.rate),
+        )
+        return out.reshape(x.shape)
+
+
+def quantize(model: Split, kind: str) -> Split:
+    """The model with its projections and experts quantised, as a new Split; everything that takes a Split takes it.
+
+    Works tensor by tensor. Raises ConfigError on an unknown kind or a model that is quantised already, InputError on
+    weights that are not finite.
+    """
+    _check_kind(kind)
+    if not any(map(is_quantized, model.params)):
+        raise ConfigError("the model has no weights to quantise; is it quantised already?")
+
+    def decoder() -> Decoder:
+        empty = {path: jnp.zeros(value.shape, value.dtype) for path, value in model.params.items()}
+        return merge_model(model.graphdef, empty)
+
+    return Split(_abstract(decoder, kind).graphdef, _quantized(model.params, kind, None))
+
+
+def quantize_params(
+    config: ModelConfig,
+    tensors: Mapping[str, Any],
+    kind: str,
+    backends: Backends = Backends(),
+    dtype: DTypeLike | None = None,
+) -> Split:
+    """`quantize` for a model that never was in memory: one tensor is read, quantised, placed and let go at a time.
+
+    tensors: by jaxlm's paths and in its layout [in, out], arrays or what has a `read()` that gives one
+    (`tensor_file.Lazy`). dtype: of everything that is not quantised; None = as it is stored.
+    Raises ConfigError on an unknown kind, InputError where the tensors are not the model's or not finite.
+    """
+    _check_kind(kind)
+    expected = {path: shape.shape for path, shape in abstract_model(config).shapes.items()}
+    wrong = [f"{path} is missing" for path in expected.keys() - tensors.keys()]
+    wrong += [f"{path} is not the model's" for path in tensors.keys() - expected.keys()]
+    wrong += [
+        f"{path} is {tuple(tensors[path].shape)}, not {expected[path]}"
+        for path in expected.keys() & tensors.keys()
+        if tuple(tensors[path].shape) != expected[path]
+    ]
+    if wrong:
+        raise InputError(f"these tensors are not of this configuration: {'; '.join(sorted(wrong)[:5])}")
+    graphdef = abstract_quantized(config, kind, backends).graphdef
+    return Split(graphdef, _quantized(tensors, kind, dtype))
+
+
+def abstract_quantized(
+    config: ModelConfig, kind: str, backends: Backends = Backends(), dtype: DTypeLike = jnp.float32
+) -> Abstract:
+    """The quantised decoder for its shapes only, whatever its size; dtype: of what is not quantised. Not sharded."""
+    _check_kind(kind)
+    return _abstract(lambda: Decoder(config, backends, rngs=nnx.Rngs(params=0), dtype=dtype), kind)
+
+
+def errors(model: Split, quantized: Split) -> list[WeightError]:
+    """The error and the size of every quantised weight, in the order of the model's parameters."""
+    found, values = [], jax.jit(dequantize_tensor, static_argnums=(1, 2))
+    for path in filter(is_quantized, model.params):
+        weight, stored = model.params[path], _stored(quantized.params, path)
+        original = np.asarray(weight).swapaxes(-1, -2).astype(np.float64)
+        value = np.asarray(values(stored, _kind(stored), original.shape), np.float64)
+        norm = float(np.linalg.norm(original))
+        error = float(np.linalg.norm(value - original)) / norm if norm else 0.0
+        after = sum(part.nbytes for part in stored if part is not None)
+        found.append(WeightError(path, error, weight.nbytes, after))
+    return found
+
+
+def _abstract(make: Callable[[], Decoder], kind: str) -> Abstract:
+    model = nnx.eval_shape(lambda: _replace(make(), kind))
+    graphdef, state = nnx.split(model, nnx.Param)
+    flat = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
+    shapes = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in flat.items()}
+    return Abstract(graphdef, shapes, {path: (None,) * len(leaf.shape) for path, leaf in flat.items()})
+
+
+def _replace(decoder: Decoder, kind: str) -> Decoder:
+    """The decoder with quantised modules that hold zeros."""
+
+    def empty(weight: nnx.Param) -> QuantWeight:
+        *leading, n_in, n_out = weight.shape
+        shape = (*leading, n_out, n_in)
+        return QuantWeight(shape, kind, _zeros(shape, kind))
+
+    for block in decoder.blocks:
+        shared = None if block.moe is None else block.moe.shared
+        for owner in (block.attn, block.mlp, shared):
+            for name, child in () if owner is None else list(vars(owner).items()):
+                if isinstance(child, Linear):
+                    setattr(owner, name, QuantLinear(empty(child.weight), child.bias))
+        if block.moe is not None:
+            experts = block.moe.experts
+            up = experts.gate_up if experts.up is None else experts.up
+            block.moe.experts = QuantExperts(experts, empty(up), empty(experts.down))
+    return decoder
+
+
+def _zeros(shape: tuple[int, ...], kind: str) -> Quantized:
+    n = math.prod(shape)
+    if kind == "int8":
+        return Quantized(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:-1], jnp.float32))
+    codes, blocks = jnp.zeros(-(-n // 2), jnp.uint8), -(-n // BLOCK)
+    if kind == "int4":
+        return Quantized(codes, jnp.zeros(blocks, jnp.float32))
+    nested = jnp.zeros(-(-blocks // NESTED_BLOCK), jnp.float32)
+    return Quantized(codes, jnp.zeros(blocks, jnp.uint8), nested, jnp.zeros((), jnp.float32))
+
+
+def _quantized(tensors: Mapping[str, Any], kind: str, dtype: DTypeLike | None) -> Params:
+    """Parameters by path, one tensor after the other, so that one at a time is whole on the host."""
+    params: Params = {}
+    for path, tensor in tensors.items():
+        value = tensor.read() if hasattr(tensor, "read") else tensor
+        if not is_quantized(path):
+            kept = jnp.asarray(value, value.dtype if dtype is None else dtype)
+            # Never the pages of a file.
+            params[path] = kept if value is tensor else jnp.array(kept, copy=True).block_until_ready()
+            continue
+        try:
+            stored = quantize_tensor(np.asarray(value).swapaxes(-1, -2), kind)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+        for name, part in stored._asdict().items():
+            if part is not None:
+                params[f"{path}.{name}"] = jnp.asarray(part)
+    return params
+
+
+def _after(x: Array, stored: Quantized) -> Quantized:
+    """The same codes, which to the compiler depend on x.
+
+    So it can neither take a weight out of a loop over tokens, nor make it before its layer is reached: one layer's
+    weights exist at a time. An optimization_barrier says the same, but XLA drops it on CPU before it orders the work;
+    that no number differs from itself and equals itself, it does not know.
+    """
+    first = lax.index_in_dim(x.reshape(-1), 0, keepdims=False)
+    never = (first != first) & (first == first)
+
+    def tied(part: Array) -> Array:
+        return part | never.astype(part.dtype) if jnp.issubdtype(part.dtype, jnp.integer) else part
+
+    return stored._replace(codes=tied(stored.codes), scales=tied(stored.scales))
+
+
+def _stored(params: Params, path: str) -> Quantized:
+    return Quantized(*(params.get(f"{path}.{name}") for name in Quantized._fields))
+
+
+def _kind(stored: Quantized) -> str:
+    return "nf4" if stored.offset is not None else "int8" if stored.codes.dtype == jnp.int8 else "int4"
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise ConfigError(f"kind={kind!r} must be one of {', '.join(KINDS)}{nearest(kind, KINDS)}")
+
+
+def _absmax(flat: np.ndarray, block: int) -> np.ndarray:
+    """Largest magnitude of each block of a flat array; the last block may be shorter."""
+    full = flat.size // block * block
+    absmax = np.abs(flat[:full]).reshape(-1, block).max(-1)
+    return absmax if full == flat.size else np.append(absmax, np.abs(flat[full:]).max())
+
+
+def _rounded(weight: np.ndarray, scales: np.ndarray, largest: int) -> np.ndarray:
+    """weight/scale to the nearest integer, half to even; zero where the scale is."""
+    return np.clip(np.rint(weight / np.where(scales == 0, np.float32(1), scales)), -largest, largest)
+
+
+def _pack(flat: np.ndarray, codes: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+    """Two codes a byte, the first in the high half; `codes` gets rows of a block each and the blocks' numbers."""
+    packed = []
+    for start in range(0, flat.size, _PIECE):
+        piece = flat[start : start + _PIECE]
+        rows = np.pad(piece, (0, -piece.size % BLOCK)).reshape(-1, BLOCK)
+        made = codes(rows, start // BLOCK + np.arange(len(rows))).astype(np.uint8).reshape(-1, 2)
+        packed.append((made[:, 0] << 4 | made[:, 1])[: -(-piece.size // 2)])
+    return np.concatenate(packed)
+
+
+def _quantize_absmax(absmax: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Double quantisation: places in the dynamic map [blocks], absmax of their blocks, and the mean taken off."""
+    offset = _mean(absmax)
+    if not np.isfinite(offset):
+        raise InputError("the largest weights are too large for float32 to hold the sum of")
+    centred, table = absmax - offset, dynamic_map()
+    nested = _absmax(centred, NESTED_BLOCK)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        scaled = centred * (np.float32(1) / nested).repeat(NESTED_BLOCK)[: centred.size]
+    # bitsandbytes rounds to one of 65,536 points first and looks up the place nearest to that.
+    halves = (np.clip(scaled, -1, 1) + np.float32(1)) * np.float32(0.5)
+    points = np.floor((halves.astype(np.float64) * 65535 + 0.5).astype(np.float32))
+    wide = table.astype(np.float64)
+    places = np.searchsorted((wide[:-1] + wide[1:]) / 2, points.astype(np.float64) / 65535 * 2 - 1)
+    # A block of equal absmax has nothing left to say; bitsandbytes gives it the first place.
+    places[(nested == 0).repeat(NESTED_BLOCK)[: centred.size]] = 0
+    return places.astype(np.uint8), nested, np.asarray(offset)
+
+
+def _mean(values: np.ndarray) -> np.float32:
+    """float32 mean, added in the order of PyTorch's CPU kernel of eight lanes on one thread, as bitsandbytes does.
+
+    Four rows of lanes are added side by side in a cascade (arXiv:1401.0248 on pairwise sums): sums of `step` rows, of
+    `step` such sums, and so on, three times. The last bit of the mean depends on this order.
+    """
+    lanes = 8 if values.size >= 8 else 1
+    vectors = values[: values.size // lanes * lanes].reshape(-1, lanes)
+    rows = vectors[: len(vectors) // 4 * 4].reshape(-1, 4, lanes)
+    step = 1 << max(4, (len(rows) - 1).bit_length() // 4 if len(rows) > 1 else 0)
+    level, parts = rows, []
+    for _ in range(3):
+        whole = len(level) // step * step
+        parts.append(_in_order(level[whole:]))
+        level = _in_order(level[:whole].reshape(-1, step, 4, lanes).swapaxes(0, 1))
+    four = _in_order(np.stack([*parts, _in_order(level)]))
+    four[0] = _in_order(np.concatenate([four[:1], vectors[len(rows) * 4 :]]))
+    total = _in_order(np.concatenate([values[vectors.size :], _in_order(four)]))
+    return np.float32(total / np.float32(values.size))
+
+
+def _in_order(values: np.ndarray) -> np.ndarray:
+    """Sum over the first axis, one after the other."""
+    total = np.zeros(values.shape[1:], np.float32)
+    for value in values:
+        total += value
+    return total

@@ -1,0 +1,122 @@
+"""How the tokens of an answer are chosen and when it ends: settings, checked; no jax, no torch.
+
+The order is that of transformers' GenerationMixin: repetition, presence and frequency penalties, no-repeat n-grams,
+then temperature, top-k, top-p, min-p. What computes it: jaxlm/logits.py, torchref/logits.py.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from jaxlm.config import ConfigError, nearest
+
+
+class Numbers(NamedTuple):
+    """The continuous settings, None where one changes nothing; jaxlm traces them: a new value compiles nothing."""
+
+    temperature: Any  # None = greedy
+    tail: Any  # 1 - top_p, whose single-precision value is not one minus that of top_p
+    min_p: Any
+    repetition_penalty: Any
+    presence_penalty: Any
+    frequency_penalty: Any
+
+
+class Answer(NamedTuple):
+    """What a model wrote after a prompt."""
+
+    ids: list[int]  # without the stop id
+    logprobs: list[float]  # in nats, of each id under the model's own softmax; empty if not asked
+    finish: Literal["stop", "length"]  # a stop id (or stop text) came, or max_new_tokens were made
+    score: float  # beam search: sum of log-probabilities / length ** length_penalty; else 0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of decoding. Definitions are transformers'; presence and frequency penalties are OpenAI's."""
+
+    max_new_tokens: int = 64  # longest answer
+    greedy: bool = False  # always the most likely token: what shapes or draws noise does not matter
+    temperature: float = 1.0  # divides the logits; above 0
+    top_k: int = 0  # choose among this many most likely tokens (and ties with the last of them); 0 = all
+    top_p: float = 1.0  # choose among the fewest tokens whose probabilities sum to this; 1 = all
+    min_p: float = 0.0  # choose among tokens at least this times as likely as the likeliest; 0 = all
+    repetition_penalty: float = 1.0  # seen tokens' logits: divided by this if > 0, else multiplied
+    presence_penalty: float = 0.0  # taken from the logit of each token that the answer holds
+    frequency_penalty: float = 0.0  # the same times how often the answer holds it
+    no_repeat_ngram: int = 0  # no run of this many tokens occurs twice in prompt and answer; 0 = off
+    num_beams: int = 1  # beam search over this many hypotheses; 1 = none
+    length_penalty: float = 1.0  # beams: score = sum / length^this; above 0 favours long answers
+    early_stopping: Literal["no", "yes", "never"] = (
+        "no"  # beams: at num_beams answers; or by what is still possible
+    )
+    samples: int = 1  # answers per prompt
+    logprobs: bool = False  # also give the log-probability of each token
+    seed: int = 0  # of the noise; the same seed writes the same answers
+    stop: tuple[int, ...] = ()  # ids that end an answer and are not part of it
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "num_beams", "samples"):
+            _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("top_k", "no_repeat_ngram"):
+            _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative; 0 = off")
+        _require(
+            math.isfinite(self.temperature) and self.temperature > 0,
+            f"temperature={self.temperature} must be finite and above 0; greedy takes the most likely token",
+        )
+        _require(0 < self.top_p <= 1, f"top_p={self.top_p} must be above 0 and at most 1; 1 = all tokens")
+        _require(0 <= self.min_p <= 1, f"min_p={self.min_p} must be between 0 and 1; 0 = all tokens")
+        _require(
+            math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
+            f"repetition_penalty={self.repetition_penalty} must be finite and above 0; 1 = none",
+        )
+        for name in ("presence_penalty", "frequency_penalty", "length_penalty"):
+            _require(math.isfinite(getattr(self, name)), f"{name}={getattr(self, name)} must be finite")
+        _require(0 <= self.seed < 2**32, f"seed={self.seed} must be between 0 and {2**32 - 1}")
+        if self.num_beams > 1:
+            self._check_beams()
+        elif self.greedy:
+            _require(
+                self.samples == 1,
+                f"samples={self.samples} of one prompt would all be the same with greedy; ask for one",
+            )
+
+    def _check_beams(self) -> None:
+        neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+        for name, value in neutral.items():
+            _require(
+                getattr(self, name) == value,
+                f"num_beams={self.num_beams} takes the likeliest answers, it does not sample: {name}="
+                f"{getattr(self, name)} contradicts it; leave one of the two out",
+            )
+        _require(
+            self.samples <= self.num_beams,
+            f"samples={self.samples} must not exceed num_beams={self.num_beams}: each beam gives one answer",
+        )
+
+    @property
+    def numbers(self) -> Numbers:
+        """What `process` needs of these settings."""
+        greedy = self.greedy or self.num_beams > 1
+        return Numbers(
+            None if greedy else self.temperature,
+            None if greedy or self.top_p == 1 else 1 - self.top_p,
+            None if greedy or self.min_p == 0 else self.min_p,
+            None if self.repetition_penalty == 1 else self.repetition_penalty,
+            None if self.presence_penalty == 0 else self.presence_penalty,
+            None if self.frequency_penalty == 0 else self.frequency_penalty,
+        )
+
+
+def sampling(settings: dict[str, Any]) -> Sampling:
+    """`Sampling(**settings)`. Raises ConfigError on a name that is no setting, with the nearest that is."""
+    known = [f.name for f in dataclasses.fields(Sampling)]
+    for name in settings:
+        _require(name in known, f"{name} is no setting of decoding{nearest(name, known)}")
+    return Sampling(**settings)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)

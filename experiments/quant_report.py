@@ -30,15 +30,17 @@ def quant_report(
 ) -> QuantReport:
     """Quantises the masters again for their errors, and measures the model in bfloat16."""
     if framework == "torch":
-        from torchref.quant import errors, quantize
+        from torchref import quant as torch_quant
 
-        masters: Any = target.decoder
+        decoder = target.decoder
+        found: Any = torch_quant.errors(decoder, torch_quant.quantize(decoder, kind))
     else:
+        from jaxlm import quant
         from jaxlm.model import Split, abstract_model
-        from jaxlm.quant import errors, quantize
 
-        masters = Split(abstract_model(target.config).graphdef, target.params)
-    weights = [found._asdict() for found in errors(masters, quantize(masters, kind))]
+        split = Split(abstract_model(target.config).graphdef, target.params)
+        found = quant.errors(split, quant.quantize(split, kind))
+    weights = [weight._asdict() for weight in found]
     with precision(framework, "bfloat16"):
         return QuantReport(kind, weights, measure(load_model(target, framework, "bfloat16")))
 

@@ -48,7 +48,8 @@ def beam_search(model: Split, prompts: Sequence[Sequence[int]], settings: Sampli
     found = run.candidates(logits, running.scores, history, settings.numbers)
     cache, positions = state.cache, state.positions
     for length in range(1, M + 1):
-        grown, parents = _grow(running, *map(np.asarray, found), length)
+        scores, beams, ids, logprobs = map(np.asarray, found)
+        grown, parents = _grow(running, scores, beams, ids, logprobs, length)
         ends = np.isin(grown.ids[:, :, length - 1], settings.stop) | (length == M)
         done = _finish(done, grown, ends, can_improve, length, settings)
         scores = grown.scores + ends * _number(WORST, grown)

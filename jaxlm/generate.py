@@ -236,8 +236,10 @@ def _pick(
     processed = process(logits, draws.numbers, rules.top_k, rules.ngram, history)
     noise = None
     if draws.numbers.temperature is not None:
-        own = draws.noise is None
-        noise = gumbel(draws.seed, step, draws.rows, logits.shape[1], wide) if own else draws.noise[step]
+        if draws.noise is None:
+            noise = gumbel(draws.seed, step, draws.rows, logits.shape[1], wide)
+        else:
+            noise = draws.noise[step]
     tokens = choose(processed, noise)
     logprobs = jnp.zeros(tokens.shape, wide)
     if rules.logprobs:

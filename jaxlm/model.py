@@ -152,6 +152,7 @@ class Decoder(nnx.Module):
             layers.append(layer_cache)
         acts["final_norm"] = x = self.final_norm(x)
         if cache is not None:
+            assert visibility.kept is not None
             cache = cache._replace(layers=tuple(layers), length=cache.length + visibility.kept)
         return x, acts, cache
 

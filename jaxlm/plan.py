@@ -141,7 +141,7 @@ def compile_decode(config: ModelConfig, quant: str | None, slots: int, batch: in
         (model.shapes, cache, row, row, count),
     )
     compiled = jax.jit(run, donate_argnums=1).lower(*arguments).compile()
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Decoding(
         _bytes(model.shapes),
@@ -149,7 +149,7 @@ def compile_decode(config: ModelConfig, quant: str | None, slots: int, batch: in
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
         kept + memory.temp_size_in_bytes,
-        compiled.as_text(),
+        compiled.as_text() or "",
     )
 
 

@@ -33,7 +33,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jaxlm.config import ConfigError, InputError, ModelConfig, nearest
-from jaxlm.grouped import ExpertWeights, expert_mlp
+from jaxlm.grouped import Activation, Backend, ExpertWeights, expert_mlp
 from jaxlm.layers import Backends, Linear, add_bias
 from jaxlm.model import Abstract, Decoder, Params, Split, abstract_model, merge_model
 from jaxlm.moe import Experts
@@ -194,7 +194,9 @@ class QuantExperts(nnx.Module):
         self.gate_up, self.up = (up, None) if gated else (None, up)
         self.gate_up_bias, self.up_bias = experts.gate_up_bias, experts.up_bias
         self.down, self.down_bias = down, experts.down_bias
-        self.kind, self.rate, self.backend = experts.kind, experts.rate, experts.backend
+        self.kind: Activation = experts.kind
+        self.rate = experts.rate
+        self.backend: Backend = experts.backend
 
     def __call__(
         self,
@@ -301,7 +303,8 @@ def _abstract(make: Callable[[], Decoder], kind: str) -> Abstract:
 def _replace(decoder: Decoder, kind: str) -> Decoder:
     """The decoder with quantised modules that hold zeros."""
 
-    def empty(weight: nnx.Param) -> QuantWeight:
+    def empty(weight: nnx.Param | None) -> QuantWeight:
+        assert weight is not None
         *leading, n_in, n_out = weight.shape
         shape = (*leading, n_out, n_in)
         return QuantWeight(shape, kind, _zeros(shape, kind))

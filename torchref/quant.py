@@ -208,9 +208,9 @@ def quantize(model: Decoder, kind: str) -> Decoder:
     tensors = dict(model.named_parameters())
     if not any(map(is_quantized, tensors)):
         raise ConfigError("the model has no weights to quantise; is it quantised already?")
-    moe = next((block.moe for block in model.blocks if block.moe is not None), None)
-    experts = "auto" if moe is None else moe.experts.backend
-    backends = Backends(model.blocks[0].attn.backend, experts)
+    blocks: Any = model.blocks
+    moe = next((block.moe for block in blocks if block.moe is not None), None)
+    backends = Backends(blocks[0].attn.backend, "auto" if moe is None else moe.experts.backend)
     quantized = abstract_quantized(model.config, kind, backends)
     quantized.remat = model.remat
     return _fill(quantized, tensors, kind, None).train(model.training)
@@ -260,7 +260,7 @@ def errors(model: Decoder, quantized: Decoder) -> list[WeightError]:
     for path, weight in model.named_parameters():
         if not is_quantized(path):
             continue
-        module = quantized.get_submodule(path)
+        module: Any = quantized.get_submodule(path)
         stored = Quantized(*(getattr(module, name) for name in Quantized._fields))
         value = dequantize_tensor(stored, module.kind, module.shape)
         original = weight.detach().double()
@@ -277,6 +277,7 @@ def _replace(decoder: Decoder, kind: str) -> Decoder:
     def empty(weight: nn.Parameter) -> QuantWeight:
         return QuantWeight(tuple(weight.shape), kind, _zeros(tuple(weight.shape), kind))
 
+    block: Any
     for block in decoder.blocks:
         shared = None if block.moe is None else block.moe.shared
         for owner in (block.attn, block.mlp, shared):

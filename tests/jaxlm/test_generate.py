@@ -265,3 +265,15 @@ def test_the_last_slot_is_usable_and_no_more(plain: Split) -> None:
     _, state = decode_step(plain, jnp.argmax(logits, -1), state)
     with pytest.raises(ConfigError, match="cache of 32 slots"):
         decode_step(plain, jnp.argmax(logits, -1), state)
+
+
+def test_the_cache_is_donated_and_written_in_place(plain: Split) -> None:
+    """The compiled step returns the buffers of the cache it was given, and makes no second one."""
+    _, state = prefill(plain, [[1, 2, 3]], 32)
+    tokens = jnp.zeros(1, jnp.int32)
+    step = cached._compiled(plain.graphdef).step
+    memory = step.lower(plain.params, state.cache, tokens, state.positions).compile().memory_analysis()
+    size = sum(x.nbytes for x in jax.tree.leaves(state.cache))
+    assert memory.alias_size_in_bytes >= size
+    decode_step(plain, tokens, state)
+    assert state.cache.layers[0].k.is_deleted()

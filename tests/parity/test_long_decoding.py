@@ -115,7 +115,7 @@ def in_torch(config: ModelConfig, dtype: str) -> Iterator[tuple[Any, Any]]:
         yield torch.stack(made)[:, row], full[row, n - 1 : n + steps]
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("framework", [in_jax, in_torch])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_600_cached_positions_are_the_full_forward(
@@ -162,9 +162,13 @@ def by_transformers(case: hf_models.Case, directory: Path, longest: int, double:
 
 
 @pytest.mark.parametrize(
-    "longest", [8, *(pytest.param(n, marks=pytest.mark.slow) for n in LONGEST if n != 8)]
+    ("family", "longest"),
+    [
+        pytest.param(family, n, marks=[] if (family, n) == ("mistral", 70) else pytest.mark.slow)
+        for family in FAMILIES
+        for n in LONGEST
+    ],
 )
-@pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_answers_are_those_of_transformers(
     family: str, longest: int, tmp_path: Path, x64: None
 ) -> None:

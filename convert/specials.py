@@ -96,7 +96,10 @@ def _text(token: Any) -> str | None:
 def _template(carried: Mapping[str, Path], settings: Mapping[str, Any]) -> str | None:
     """The default template: a file of its own, or a key of tokenizer_config.json, alone or first among named ones."""
     if TEMPLATE in carried:
-        return carried[TEMPLATE].read_text(encoding="utf-8")
+        try:
+            return carried[TEMPLATE].read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{carried[TEMPLATE]} is not UTF-8: {error.reason}") from None
     value = settings.get("chat_template", _object(carried.get("chat_template.json")).get("chat_template"))
     if isinstance(value, list):
         named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}

@@ -15,14 +15,26 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import tyro
 
 from convert.targets import open_target
 from experiments.cli import main_guard, parse, say
-from experiments.loading import Dtype, Framework, Front, Quant, devices, front_id, load_model, precision
+from experiments.loading import (
+    Dtype,
+    Framework,
+    Front,
+    Quant,
+    TargetPath,
+    check_place,
+    devices,
+    front_id,
+    load_model,
+    precision,
+    print_any_name,
+)
 from experiments.quant_report import quant_report, show_quant
 from jaxlm.config import ConfigError, ModelConfig
 from jaxlm.data.corpus import Document, open_corpus
@@ -32,6 +44,7 @@ from jaxlm.run_dir import environment
 from jaxlm.tokenizer import Tokenizer
 from jaxlm.windows import Scores
 
+Words = tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]]  # of each time that the option stands there
 SHOWN = 3  # documents with the highest and with the lowest loss
 SCHEMA = 1
 DEFINITIONS = {
@@ -48,11 +61,9 @@ DEFINITIONS = {
 class EvaluateOptions:
     """Options of evaluation."""
 
-    target: Annotated[str, tyro.conf.Positional]  # run, model directory or .gguf
-    data: tuple[
-        str, ...
-    ] = ()  # text files, .jsonl, .parquet, or directories of them; each text is a document
-    text: tuple[str, ...] = ()  # texts themselves, each a document
+    target: TargetPath  # run, model directory or .gguf
+    data: Words = ()  # text files, .jsonl, .parquet, or directories of them; each text is a document
+    text: Words = ()  # texts themselves, each a document; one that begins with - as --text=-x
     window: int | None = None  # tokens that the model reads at once; left out = its context
     stride: int | None = None  # tokens that each window but the first scores; left out = half the window
     batch_size: int = 8  # windows computed together; no result depends on it
@@ -69,7 +80,11 @@ class EvaluateOptions:
 def main(argv: list[str]) -> int:
     """Entry point."""
     options = parse(EvaluateOptions, argv, "python -m experiments.evaluate", __doc__ or "")
+    print_any_name()
     target = open_target(options.target, options.checkpoint, optimizer=False)
+    directory = Path(options.out) if options.out else target.path / "evaluation" if target.run else None
+    if directory is not None:
+        check_place(directory, directory=True)
     window, stride = window_and_stride(options, target.config)
     names, documents = encode(read(options), target.tokenizer, options.max_tokens)
     front = front_id(target, options.front)
@@ -95,7 +110,8 @@ def main(argv: list[str]) -> int:
         say("warning: the loss is not finite: the model gives NaN or infinite logits")
     facts = {
         "target": str(target.path.absolute()),
-        "options": dataclasses.asdict(options) | {"window": window, "stride": stride},
+        "options": dataclasses.asdict(options)
+        | {"window": window, "stride": stride, "data": flat(options.data), "text": flat(options.text)},
         "front": front,
         "definitions": DEFINITIONS,
     }
@@ -103,7 +119,6 @@ def main(argv: list[str]) -> int:
     if cost is not None:
         show_quant(cost, overall)
         facts["quantisation"] = {"weights": cost.weights, "bfloat16": _finite(cost.bfloat16._asdict())}
-    directory = Path(options.out) if options.out else target.path / "evaluation" if target.run else None
     if directory is not None:
         write(directory, scores, overall, each, names, facts | about(options))
     print(summary_line(overall, len(documents)))
@@ -127,20 +142,25 @@ def window_and_stride(options: EvaluateOptions, config: ModelConfig) -> tuple[in
 
 def read(options: EvaluateOptions) -> Iterator[Document]:
     """The documents of --text and --data. Raises ConfigError where there is none, DataError on what cannot be read."""
-    if not options.data and not options.text:
+    if not any(options.data) and not any(options.text):
         raise ConfigError("nothing to evaluate: give --data PATH … or --text TEXT")
-    for number, text in enumerate(options.text, 1):
+    for number, text in enumerate(flat(options.text), 1):
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
             raise ConfigError(f"--text {number} is not valid UTF-8") from None
         yield Document(f"text {number}", text)
-    for path in options.data:
+    for path in flat(options.data):
         if not path:
             raise ConfigError("--data '' names no file")
         corpus = open_corpus(path, options.column)
         for document in corpus:
             yield Document(str(corpus.root / document.name), document.text)
+
+
+def flat(words: tuple[tuple[str, ...], ...]) -> list[str]:
+    """The words of an option that may stand several times."""
+    return [word for some in words for word in some]
 
 
 def encode(
@@ -232,7 +252,7 @@ def about(options: EvaluateOptions) -> dict[str, Any]:
     """Versions, devices and the texts' fingerprints."""
     where = environment(devices(options.framework), 0)
     del where["seed"]  # nothing is drawn
-    texts = {path: open_corpus(path, options.column).fingerprint for path in options.data}
+    texts = {path: open_corpus(path, options.column).fingerprint for path in flat(options.data)}
     return {"environment": where, "data_sha256": texts}
 
 

@@ -12,13 +12,23 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import tyro
+from typing import Any, Literal
 
 from convert.targets import Target, open_target
 from experiments.cli import main_guard, need, parse, say
-from experiments.loading import Dtype, Framework, Front, Quant, devices, front_id, load_model, precision
+from experiments.loading import (
+    Dtype,
+    Framework,
+    Front,
+    Quant,
+    TargetPath,
+    check_place,
+    devices,
+    front_id,
+    load_model,
+    precision,
+    print_any_name,
+)
 from jaxlm.config import ConfigError, InputError, nearest
 from jaxlm.run_dir import environment
 
@@ -27,7 +37,7 @@ from jaxlm.run_dir import environment
 class HarnessOptions:
     """Options of the harness."""
 
-    target: Annotated[str, tyro.conf.Positional]  # run, model directory or .gguf
+    target: TargetPath  # run, model directory or .gguf
     tasks: tuple[str, ...]  # names of tasks, groups or tags
     include_path: str = ""  # directory with task files of one's own
     limit: int | None = None  # examples of each task at most; left out = all
@@ -57,6 +67,9 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"--num-fewshot {options.num_fewshot} must not be negative")
     if options.include_path and not Path(options.include_path).is_dir():
         raise ConfigError(f"--include-path {options.include_path} is no directory")
+    if options.out:
+        check_place(Path(options.out), directory=False)
+    print_any_name()
     target = open_target(options.target, options.checkpoint, optimizer=False)
     need("lm_eval", "eval")
     # Read when the libraries are imported.

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from convert.specials import Specials
 from experiments.loading import Framework
-from jaxlm.config import ConfigError, ModelConfig
+from jaxlm.config import ConfigError, InputError, ModelConfig
 from jaxlm.sampling import Answer, Sampling
 from jaxlm.text import complete
 from jaxlm.tokenizer import Tokenizer
@@ -110,7 +111,7 @@ class JaxlmLM(TemplateLM):
         answers = []
         for (texts, _, _), window in zip(requests, windows, strict=True):
             chosen = slice(window.first, window.stop + 1)
-            logprob = math.fsum(scores.logprobs[window.document][chosen].tolist())
+            logprob = _sum(scores.logprobs[window.document][chosen])
             answers.append((logprob, bool(scores.greedy[window.document][chosen].all())))
             self.cache_hook.add_partial("loglikelihood", texts, answers[-1])
         return answers
@@ -122,7 +123,7 @@ class JaxlmLM(TemplateLM):
         length = self.max_length
         scores = self._score(self.model, documents, length, length, self.batch_size, self.prefix, bar.update)
         bar.close()
-        found = [math.fsum(values.tolist()) for values in scores.logprobs]
+        found = [_sum(values) for values in scores.logprobs]
         for request, value in zip(requests, found, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, value)
         return found
@@ -207,6 +208,14 @@ def _functions(framework: Framework) -> tuple[Callable[..., Any], ...]:
 def _arguments(request: Instance) -> tuple[Any, ...]:
     """What is asked: texts, and settings where something is to be written."""
     return request.args
+
+
+def _sum(logprobs: np.ndarray) -> float:
+    """ln p of tokens together. Raises InputError on NaN: as an answer's it would win every choice."""
+    total = math.fsum(logprobs.tolist())
+    if math.isnan(total):
+        raise InputError("the model gives NaN or infinite logits: nothing can be said of its answers")
+    return total
 
 
 def _bar(total: int, what: str, disable: bool) -> "tqdm[Any]":

@@ -4,18 +4,41 @@ by the token that its texts start with.
 
 import contextlib
 import copy
+import io
+import os
+import sys
 from collections.abc import Iterator
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import tyro
 
 from convert.targets import Target
 from jaxlm.config import ConfigError
 
+TargetPath = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
 Framework = Literal["jax", "torch"]
 Dtype = Literal["float32", "bfloat16", "float64"]
 Quant = Literal["none", "int8", "int4", "nf4"]
 Front = Literal["auto", "bos", "eos", "none"]
+
+
+def print_any_name() -> None:
+    """Standard output escapes what its encoding lacks, in names of files above all, instead of failing."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def check_place(path: Path, directory: bool) -> None:
+    """Raises ConfigError where `path` cannot become a file, or a directory: before hours of work, not after."""
+    if path.exists() and path.is_dir() != directory:
+        raise ConfigError(f"--out {path} is {'a file' if directory else 'a directory'}")
+    above = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not above.is_dir() and above != path:
+        raise ConfigError(f"--out {path}: {above} is a file")
+    if not os.access(above, os.W_OK):
+        raise ConfigError(f"--out {path}: {above} may not be written to")
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ class DecodeOptions:
 
     model: Annotated[ModelConfig, tyro.conf.FlagConversionOff]  # the decoder
     quant: Literal["none", "int8", "int4", "nf4"] = "none"  # how weights are held; none = bfloat16
-    slots: int = 2048  # tokens that the cache of a row holds
+    slots: int | None = None  # tokens that the cache of a row holds; left out = 2048, or the model's context
     batch: int = 1  # rows decoded together
 
 
@@ -67,10 +67,11 @@ def _decode(argv: list[str]) -> int:
     from jaxlm.plan import H200_BYTES, compile_decode
 
     quant = None if options.quant == "none" else options.quant
-    compiled = compile_decode(options.model, quant, options.slots, options.batch)
+    slots = min(2048, options.model.context) if options.slots is None else options.slots
+    compiled = compile_decode(options.model, quant, slots, options.batch)
     print(f"{name}: {param_count(options.model):,} parameters, {active_param_count(options.model):,} active")
     print(
-        f"decoding on one H200: {options.batch} rows, {options.slots:,} slots, bfloat16"
+        f"decoding on one H200: {options.batch} rows, {slots:,} slots, bfloat16"
         + ("" if quant is None else f", weights in {quant}")
     )
     print(f"  peak      {compiled.peak_bytes / 1e9:7.2f} GB of {H200_BYTES / 1e9:.0f}")

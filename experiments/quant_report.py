@@ -1,5 +1,6 @@
 """What quantisation costs: the error of every weight, and the perplexity beside that of bfloat16 weights."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -62,8 +63,9 @@ def show_quant(report: QuantReport, overall: Total) -> None:
     """The table on standard output."""
     before, after = (sum(w[key] for w in report.weights) for key in ("bytes_before", "bytes_after"))
     worse = overall.perplexity / report.bfloat16.perplexity - 1
+    compared = f"{worse:+.3%}" if math.isfinite(worse) else f"{overall.perplexity:.6g}"
     print(f"{report.kind:<15}{before / 1e6:,.2f} MB of weights in {after / 1e6:,.2f} MB")
-    print(f"{'bfloat16':<15}perplexity {report.bfloat16.perplexity:.6g}, {report.kind} {worse:+.3%}")
+    print(f"{'bfloat16':<15}perplexity {report.bfloat16.perplexity:.6g}, {report.kind} {compared}")
     print(f"\n{'error':>9}  {'largest':>9}  layer")
     for layer in by_layer(report.weights):
         print(f"{layer.error:9.2e}  {layer.largest:9.2e}  {layer.layer} (largest: {layer.worst})")

@@ -7,18 +7,20 @@
 
 One answer is written as it comes, after its prompt (with --chat, alone). Several are decoded together; each follows its
 prompt, and a line of --- stands between them; with --json each is an object on a line of its own. Without --prompt the
-prompt is read from standard input (one line end at its close is not part of it); on a terminal this is a dialogue.
+prompt is read from standard input (a byte order mark and one line end at its close are not part of it); on a terminal
+this is a dialogue. A text that begins with - is given as --prompt=-x.
 TARGET is a run, a model directory with its tokenizer (of jaxlm, torchref, Hugging Face) or a .gguf.
 """
 
+import codecs
 import json
-import os
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from convert.targets import open_target
-from experiments.cli import main_guard, parse
+from experiments.cli import main_guard, parse, say
 from experiments.loading import precision
 from experiments.sampler import Meter, SampleOptions, Sampler, put, write
 from jaxlm.config import ConfigError
@@ -32,21 +34,17 @@ def main(argv: list[str]) -> int:
     options = parse(SampleOptions, argv, "python -m experiments.sample", __doc__ or "")
     prompts = read_prompts(options)
     check(options, dialogue=prompts is None)
-    sampler = Sampler(open_target(options.target, options.checkpoint), options)
+    sampler = Sampler(open_target(options.target, options.checkpoint, optimizer=False), options)
     with precision(options.framework, options.dtype):
         if prompts is None:
             from experiments.dialogue import Dialogue
 
             return Dialogue(sampler).run()
         rows = [ids_of(sampler, prompt) for prompt in prompts]
-        try:
-            if options.json or len(rows) > 1 or options.samples > 1:
-                write_all(sampler, prompts, rows)
-            else:
-                write(sampler, rows[0], opening(sampler) if options.chat else prompts[0])
-        except BrokenPipeError:
-            # Whoever read the text has enough; the interpreter must not try to flush the rest at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if options.json or len(rows) > 1 or options.samples > 1:
+            write_all(sampler, prompts, rows)
+        else:
+            write(sampler, rows[0], opening(sampler) if options.chat else prompts[0])
     return 0
 
 
@@ -82,6 +80,8 @@ def read_prompts(options: SampleOptions) -> list[str] | None:
         return list(options.prompt)
     if options.unprompted:
         return [""]
+    if options.file is None and sys.stdin is None:  # closed by whoever started this
+        raise ConfigError("there is no standard input: give --prompt, --file or --unprompted")
     if options.file is None and sys.stdin.isatty() and not options.lines:
         return None
     text, name = read_text(options.file)
@@ -94,14 +94,17 @@ def read_prompts(options: SampleOptions) -> list[str] | None:
 
 
 def read_text(path: str | None) -> tuple[str, str]:
-    """Text of a file, or of standard input, without the line end at its close; and its name.
+    """Text of a file, or of standard input, without byte order mark and the line end at its close; and its name.
 
     Raises ConfigError where it cannot be read or is not UTF-8.
     """
+    if path == "":
+        raise ConfigError("--file '' names no file")
     name = "standard input" if path is None else path
     try:
         data = sys.stdin.buffer.read() if path is None else Path(path).read_bytes()
-        return data.decode("utf-8").removesuffix("\n"), name
+        text = data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+        return text.removesuffix("\n").removesuffix("\r"), name
     except UnicodeDecodeError as error:
         raise ConfigError(f"{name} is not UTF-8: {error.reason} at byte {error.start}") from None
     except OSError as error:
@@ -134,6 +137,8 @@ def write_all(sampler: Sampler, prompts: Sequence[str], rows: Sequence[Sequence[
     meter.tokens = sum(len(completion.ids) for completion in done)
     for n, completion in enumerate(done):
         put(as_json(completion) if sampler.options.json else BETWEEN * (n > 0) + as_text(sampler, completion))
+    if not all(math.isfinite(x) for completion in done for x in (*completion.logprobs, completion.score)):
+        say("warning: the model gives NaN or infinite logits")
     meter.report()
 
 
@@ -144,8 +149,10 @@ def as_text(sampler: Sampler, completion: Completion) -> str:
 
 
 def as_json(completion: Completion) -> str:
-    """An answer as one line of JSON."""
-    return json.dumps(completion._asdict(), ensure_ascii=False, allow_nan=False) + "\n"
+    """An answer as one line of JSON; what is not finite is null."""
+    finite = [x if math.isfinite(x) else None for x in (*completion.logprobs, completion.score)]
+    values = completion._asdict() | {"logprobs": finite[:-1], "score": finite[-1]}
+    return json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import tyro
 
 from convert.targets import Target
 from experiments.cli import say
-from experiments.loading import Dtype, Framework, Quant, load_model
+from experiments.loading import Dtype, Framework, Quant, TargetPath, load_model
 from jaxlm.chat import Chat
 from jaxlm.config import ConfigError
 from jaxlm.sampling import Answer, Sampling
@@ -27,7 +27,7 @@ TEMPERATURE, TOP_K = 0.8, 40  # where nothing else is said
 class SampleOptions:
     """Options of sampling."""
 
-    target: Annotated[str, tyro.conf.Positional]  # run, model directory or .gguf
+    target: TargetPath  # run, model directory or .gguf
     prompt: Texts = ()  # text to continue; may be repeated; left out = standard input
     file: str | None = None  # file whose text is the prompt
     lines: bool = False  # each line of --file or standard input is a prompt; they are decoded together
@@ -125,8 +125,9 @@ class Sampler:
         meter = meter or Meter()
         self.model()  # read before the clock runs
         meter.start()
-        tokens = self._stream(ids, self._settings())
-        return stream_text(self.tokenizer, meter.count(tokens), self.options.stop)
+        settings = self._settings()
+        tokens = meter.count(self._stream(ids, settings), at_once=settings.num_beams > 1)
+        return stream_text(self.tokenizer, tokens, self.options.stop)
 
     def complete(self, rows: Sequence[Sequence[int]], meter: "Meter") -> list[list[Completion]]:
         """The answers to several prompts, decoded together. Raises ConfigError."""
@@ -163,11 +164,11 @@ class Meter:
         """The clock runs from now."""
         self._started = time.perf_counter()
 
-    def count(self, tokens: Iterable[int]) -> Iterator[int]:
-        """The same tokens, counted."""
+    def count(self, tokens: Iterable[int], at_once: bool = False) -> Iterator[int]:
+        """The same tokens, counted; at_once: the first is no sooner there than the last."""
         for token in tokens:
             self.tokens += 1
-            if self.tokens == 1:
+            if self.tokens == 1 and not at_once:
                 self._first = time.perf_counter() - self._started
             yield token
 
@@ -205,6 +206,8 @@ def write(sampler: Sampler, ids: Sequence[int], before: str, said: list[str] | N
 
 
 def put(text: str) -> None:
-    """Writes text as UTF-8 whatever the locale says."""
+    """Writes text as UTF-8 whatever the locale says. Raises ConfigError where standard output is closed."""
+    if sys.stdout is None:
+        raise ConfigError("there is no standard output to write the text to")
     sys.stdout.buffer.write(text.encode("utf-8"))
     sys.stdout.buffer.flush()

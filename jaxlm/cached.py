@@ -15,9 +15,10 @@ import numpy as np
 from jax import Array
 
 from jaxlm.attention import KVCache, init_cache
-from jaxlm.config import ConfigError, ModelConfig
+from jaxlm.config import ConfigError
 from jaxlm.layers import add_bias
 from jaxlm.model import Decoder, Params, Split, merge_model
+from jaxlm.sampling import check_prompts, groups
 from jaxlm.shapes import Float, Int
 
 SMALLEST_BUCKET = 16
@@ -148,37 +149,6 @@ def _pad(
         positions[:, start : start + width],
         segments[:, start : start + width],
     )
-
-
-def groups(config: ModelConfig, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Rows that are decoded together: all, or those of one length where a bias table is indexed by slot."""
-    if not config.attn_bias_table:
-        return [list(range(len(prompts)))]
-    lengths = sorted({len(p) for p in prompts})
-    return [[row for row, p in enumerate(prompts) if len(p) == length] for length in lengths]
-
-
-def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], slots: int) -> None:
-    """Raises ConfigError where prompts are missing or wrong, or need more than the context or `slots`."""
-    if not prompts:
-        raise ConfigError("there is no prompt")
-    for row, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise ConfigError(f"prompt {row} is empty; it needs at least one token")
-        # A gather would clamp an id that is out of range, silently.
-        low, high = min(prompt), max(prompt)
-        if low < 0 or high >= config.vocab_size:
-            wrong = low if low < 0 else high
-            raise ConfigError(f"prompt {row} holds id {wrong}, outside the vocabulary of {config.vocab_size}")
-    longest = max(map(len, prompts))
-    if max(longest, slots) > config.context:
-        new, room = max(slots - longest, 0), max(config.context - longest, 0)
-        raise ConfigError(
-            f"a prompt of {longest} tokens and {new} new ones exceed the model's context of {config.context}"
-            f"; shorten the prompt or ask for at most {room} new tokens"
-        )
-    if slots < longest:
-        raise ConfigError(f"slots={slots} are too few for a prompt of {longest} tokens")
 
 
 def check_room(state: DecodeState, count: int) -> None:

@@ -38,12 +38,26 @@ def main_guard(main: Callable[[list[str]], int | None], failures: tuple[type[Exc
     except failures as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
+    except BrokenPipeError:
+        # Whoever read the output has enough; the interpreter must not try to flush the rest at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(0)
     except OSError as error:
         if error.errno not in _ORDINARY:
             raise
         fail(f"{error.filename or 'output'}: {error.strerror}")
     except KeyboardInterrupt:
-        sys.exit(130)
+        leave(130)
+
+
+def leave(code: int) -> None:
+    """Exits; at once where jax computes, whose threads crash an interpreter that is being taken down."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    if "jax" in sys.modules:
+        os._exit(code)
+    sys.exit(code)
 
 
 def fail(message: str) -> None:

@@ -18,10 +18,10 @@ from jax import Array
 
 from jaxlm.attention import KVCache
 from jaxlm.beam import beam_search
-from jaxlm.cached import check_prompts, groups, prefill, select_rows, step
+from jaxlm.cached import prefill, select_rows, step
 from jaxlm.logits import History, choose, extend, gumbel, init_history, process
 from jaxlm.model import Params, Split, merge_model
-from jaxlm.sampling import Answer, Numbers, Sampling, sampling
+from jaxlm.sampling import Answer, Numbers, Sampling, check_prompts, cut, groups, sampling
 from jaxlm.shapes import Float
 from jaxlm.text import Completion, Ended, complete
 from jaxlm.tokenizer import Tokenizer
@@ -143,7 +143,7 @@ class _Loop(NamedTuple):
     """What the loop carries on the device from one token to the next."""
 
     tokens: Array  # [B], the newest
-    done: Array  # [B], a stop id came
+    done: Array  # [B], a stop id came, or the caller wants no more
     history: History
     cache: KVCache
     positions: Array  # [B]
@@ -179,7 +179,7 @@ def _blocks(
     run = _compiled(model.graphdef)  # looked up once: hashing a deep graph takes milliseconds
     tokens, logprobs, history = run.pick(logits, history, draws, 0, rules)
     yield _Block(np.asarray(tokens)[:, None], np.asarray(logprobs)[:, None])
-    loop = _Loop(tokens, jnp.isin(tokens, stop), history, state.cache, state.positions)
+    loop = _Loop(tokens, jnp.asarray(over), history, state.cache, state.positions)
     written, count = 1, first
     while written < settings.max_new_tokens and not over.all():
         started = time.perf_counter()
@@ -246,9 +246,3 @@ def _pick(
         chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
         logprobs = chosen.astype(wide) - jax.nn.logsumexp(logits.astype(wide), axis=-1)
     return tokens, logprobs, extend(history, tokens)
-
-
-def cut(ids: list[int], stop: Sequence[int]) -> tuple[list[int], bool]:
-    """The ids before the first stop id, and whether there is one."""
-    end = next((i for i, token in enumerate(ids) if token in stop), None)
-    return (ids, False) if end is None else (ids[:end], True)

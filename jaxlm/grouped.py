@@ -38,6 +38,7 @@ Backend = Literal["auto", "loop", "blocks", "batched", "sliced"]
 CPU_TILES = (512, 128, 32, 8)  # rows; large tiles keep the cores busy, small ones pad less
 GPU_TILES = (256, 64, 16)
 GPU_CHUNK = 16  # tiles of one batched product; bounds the gathered weights and the gradients per tile
+SLICES = 16  # assignments that `auto` slices weights for at most: each product is compiled on its own
 
 
 class ExpertWeights(NamedTuple):
@@ -94,7 +95,7 @@ def expert_mlp(
     if backend == "auto":
         grouped = "blocks" if jax.default_backend() == "cpu" else "batched"
         # Up to half the experts at most: fewer bytes than grouping reads, and no sorting.
-        backend = "sliced" if 2 * ids.size <= len(weights.up) else grouped
+        backend = "sliced" if ids.size <= min(SLICES, len(weights.up) // 2) else grouped
     key, rate = hidden_dropout or (None, 0.0)
     keep = None
     if key is not None and rate > 0:

@@ -6,10 +6,14 @@ then temperature, top-k, top-p, min-p. What computes it: jaxlm/logits.py, torchr
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from jaxlm.config import ConfigError, nearest
+from jaxlm.config import ConfigError, ModelConfig, nearest
+
+EXTREME = 1e30  # of a setting: beyond it float32 has no room for what it makes of a logit
+LARGEST_EXPONENT = 80.0  # e to this power is a number in float32
 
 
 class Numbers(NamedTuple):
@@ -62,17 +66,22 @@ class Sampling:
         for name in ("top_k", "no_repeat_ngram"):
             _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative; 0 = off")
         _require(
-            math.isfinite(self.temperature) and self.temperature > 0,
+            1 / EXTREME <= self.temperature <= EXTREME,
             f"temperature={self.temperature} must be finite and above 0; greedy takes the most likely token",
         )
         _require(0 < self.top_p <= 1, f"top_p={self.top_p} must be above 0 and at most 1; 1 = all tokens")
         _require(0 <= self.min_p <= 1, f"min_p={self.min_p} must be between 0 and 1; 0 = all tokens")
         _require(
-            math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
+            1 / EXTREME <= self.repetition_penalty <= EXTREME,
             f"repetition_penalty={self.repetition_penalty} must be finite and above 0; 1 = none",
         )
-        for name in ("presence_penalty", "frequency_penalty", "length_penalty"):
-            _require(math.isfinite(getattr(self, name)), f"{name}={getattr(self, name)} must be finite")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            _require(abs(value) <= EXTREME, f"{name}={value} must be finite, at most {EXTREME:g} in size")
+        _require(
+            abs(self.length_penalty) * math.log(self.max_new_tokens) < LARGEST_EXPONENT,
+            f"length_penalty={self.length_penalty} must be finite, and {self.max_new_tokens} to its power too",
+        )
         _require(0 <= self.seed < 2**32, f"seed={self.seed} must be between 0 and {2**32 - 1}")
         if self.num_beams > 1:
             self._check_beams()
@@ -99,7 +108,7 @@ class Sampling:
     def numbers(self) -> Numbers:
         """What `process` needs of these settings."""
         greedy = self.greedy or self.num_beams > 1
-        return Numbers(
+        values = (
             None if greedy else self.temperature,
             None if greedy or self.top_p == 1 else 1 - self.top_p,
             None if greedy or self.min_p == 0 else self.min_p,
@@ -107,6 +116,8 @@ class Sampling:
             None if self.presence_penalty == 0 else self.presence_penalty,
             None if self.frequency_penalty == 0 else self.frequency_penalty,
         )
+        # A whole number or one of numpy's would be another type to trace, and compile everything again.
+        return Numbers(*(None if value is None else float(value) for value in values))
 
 
 def sampling(settings: dict[str, Any]) -> Sampling:
@@ -115,6 +126,44 @@ def sampling(settings: dict[str, Any]) -> Sampling:
     for name in settings:
         _require(name in known, f"{name} is no setting of decoding{nearest(name, known)}")
     return Sampling(**settings)
+
+
+def groups(config: ModelConfig, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Rows that are decoded together: all, or those of one length where a bias table is indexed by slot."""
+    if not config.attn_bias_table:
+        return [list(range(len(prompts)))]
+    lengths = sorted({len(p) for p in prompts})
+    return [[row for row, p in enumerate(prompts) if len(p) == length] for length in lengths]
+
+
+def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], slots: int) -> None:
+    """Raises ConfigError where prompts are missing or wrong, or need more than the context or `slots`."""
+    if not prompts:
+        raise ConfigError("there is no prompt")
+    for row, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ConfigError(f"prompt {row} is empty; it needs at least one token")
+        # A gather would clamp an id that is out of range, silently.
+        low, high = min(prompt), max(prompt)
+        if low < 0 or high >= config.vocab_size:
+            wrong = low if low < 0 else high
+            raise ConfigError(f"prompt {row} holds id {wrong}, outside the vocabulary of {config.vocab_size}")
+    longest = max(map(len, prompts))
+    if max(longest, slots) > config.context:
+        new, room = max(slots - longest, 0), max(config.context - longest, 0)
+        fewer = f" or ask for at most {room} new tokens" if room else ""
+        raise ConfigError(
+            f"a prompt of {longest} tokens and {new} new ones exceed the model's context of {config.context}"
+            f"; shorten the prompt{fewer}"
+        )
+    if slots < longest:
+        raise ConfigError(f"slots={slots} are too few for a prompt of {longest} tokens")
+
+
+def cut(ids: list[int], stop: Sequence[int]) -> tuple[list[int], bool]:
+    """The ids before the first stop id, and whether there is one."""
+    end = next((i for i, token in enumerate(ids) if token in stop), None)
+    return (ids, False) if end is None else (ids[:end], True)
 
 
 def _require(condition: bool, message: str) -> None:

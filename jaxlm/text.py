@@ -31,7 +31,7 @@ class Completion(NamedTuple):
 
 
 class StopSearch:
-    """Finds the first of several strings in text that comes in pieces, at constant cost per character.
+    """Finds the first of several strings in text that comes in pieces, at constant cost per character; a str is one.
 
     First is what ends first; of several that end at one character, the longest. So the result does not depend on how
     the text was cut. Algorithm: Knuth, Morris, Pratt 1977, one automaton per string.
@@ -41,6 +41,7 @@ class StopSearch:
     """
 
     def __init__(self, strings: Sequence[str]) -> None:
+        strings = _several(strings)
         for string in strings:
             if not string:
                 raise ConfigError("a stop string is empty; it would end every answer before it begins")
@@ -183,12 +184,12 @@ def separator(tokenizer: Tokenizer, front: Sequence[int] = ()) -> list[int]:
 
 
 def token_ids(tokenizer: Tokenizer, names: Sequence[str]) -> tuple[int, ...]:
-    """Ids of tokens given as text: special tokens, or any text that is exactly one token.
+    """Ids of tokens given as text: special tokens, or any text that is exactly one token; a str is one name.
 
     Raises:
         TokenizerError: a text is neither; the nearest special token is named.
     """
-    return tuple(_token_id(tokenizer, name) for name in names)
+    return tuple(_token_id(tokenizer, name) for name in _several(names))
 
 
 def _token_id(tokenizer: Tokenizer, name: str) -> int:
@@ -278,6 +279,11 @@ def _completion(tokenizer: Tokenizer, prompt: str, answer: Answer, stop_strings:
         "stop" if reader.stopped else answer.finish,
         answer.score,
     )
+
+
+def _several(texts: Sequence[str]) -> Sequence[str]:
+    """Texts, or the only one: its letters, which are a sequence of texts as well, are never meant."""
+    return (texts,) if isinstance(texts, str) else texts
 
 
 def require_utf8(text: str, what: str) -> None:

@@ -76,6 +76,8 @@ GATES: dict[str, Gate] = {
     "device_moe_float32_cap": Gate(1e-5, "as dense: no routing flips were seen in 8,192 float32 decisions"),
     "device_dense_bfloat16_cap": Gate(5e-2, "bfloat16 activations: 9e-3 on CPU at this depth"),
     "device_moe_bfloat16_cap": Gate(2.5e-1, "bfloat16 routing flips a share of the tokens: 5e-2 on CPU"),
+    "f32_attention": Gate(5e-6, "float32 activations of equal implementations of attention: measured 2e-7"),
+    "bf16_activations": Gate(3e-2, "bfloat16 activations of a tiny decoder against float32: measured 9.4e-3"),
     "f64_logits": Gate(
         1e-14, "processed float64 logits against transformers, before temperature: measured 1e-15"
     ),

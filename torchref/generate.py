@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jaxlm.sampling import Answer, Sampling, sampling
+from jaxlm.sampling import Answer, Sampling, check_prompts, cut, groups, sampling
 from jaxlm.text import Completion, Ended, complete
 from jaxlm.tokenizer import Tokenizer
 from torchref.beam import beam_search
-from torchref.cached import DecodeState, check_prompts, decode_step, groups, prefill, select_rows
+from torchref.cached import DecodeState, decode_step, prefill, select_rows
 from torchref.logits import choose, extend, gumbel, init_history, process
 from torchref.model import Decoder
 from torchref.shapes import Float
@@ -156,9 +156,3 @@ def _tokens(
         if over.all() or step + 1 == settings.max_new_tokens:
             return
         logits, state = decode_step(model, tokens, state)
-
-
-def cut(ids: list[int], stop: Sequence[int]) -> tuple[list[int], bool]:
-    """The ids before the first stop id, and whether there is one."""
-    end = next((i for i, token in enumerate(ids) if token in stop), None)
-    return (ids, False) if end is None else (ids[:end], True)

@@ -71,7 +71,7 @@ def extend(history: History, tokens: Int[Tensor, " B"]) -> History:
 
 
 def select_history(history: History, rows: Int[Tensor, " R"]) -> History:
-    """Rows of the batch picked, repeated or reordered, as generate.select_rows does to the cache."""
+    """Rows of the batch picked, repeated or reordered, as cached.select_rows does to the cache."""
     seen, counts, ids = (None if field is None else field[rows] for field in history[:3])
     return History(seen, counts, ids, history.length)
 

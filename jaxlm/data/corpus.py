@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ class Corpus:
                     content = hashlib.file_digest(file, "sha256").digest()
             except OSError as error:
                 raise DataError(f"{path} cannot be read: {error.strerror}") from None
-            digest.update(path.relative_to(self.root).as_posix().encode() + b"\0" + content)
+            digest.update(os.fsencode(path.relative_to(self.root).as_posix()) + b"\0" + content)
         return digest.hexdigest()
 
     @cached_property

@@ -1,7 +1,9 @@
 """Evaluation from the command line: the numbers of the library, files that say everything, one-line errors."""
 
+import io
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -198,6 +200,9 @@ def test_bad_input_is_one_line(model: Path, call, tmp_path: Path) -> None:
         (("--text", "abc", "--batch-size", 0), "--batch-size 0 must be at least 1", model),
         (("--text", "abc", "--max-tokens", -1), "--max-tokens -1 must not be negative", model),
         (("--text", "a\udcff"), "--text 1 is not valid UTF-8", model),
+        (("--text", "abc", "--out", tmp_path / "empty.txt"), "empty.txt is a file", model),
+        (("--text", "abc", "--out", tmp_path / "empty.txt" / "deeper"), "empty.txt is a file", model),
+        (("--text",), "give --data PATH … or --text TEXT", model),
         (("--text", "abc"), "has no tokenizer.json", bare),
         (("--text", "abc"), "outside the model's vocabulary of 280", larger),
         (("--text", "abc"), "does not exist", tmp_path / "nothing"),
@@ -206,6 +211,40 @@ def test_bad_input_is_one_line(model: Path, call, tmp_path: Path) -> None:
         result = call(*args, "--framework", "torch", target=target)
         assert result.code == 2 and result.out == "", (args, result)
         assert message in result.err and result.err.count("\n") == 1, (args, result.err)
+
+
+def test_options_may_be_repeated(call, tmp_path: Path) -> None:
+    """Each --text and --data adds documents; none takes the place of another."""
+    (tmp_path / "one.txt").write_text("The cat", encoding="utf-8")
+    (tmp_path / "two.txt").write_text("The owl", encoding="utf-8")
+    words = ("--text", "a", "b", "--data", tmp_path / "one.txt", "--text=-c", "--data", tmp_path / "two.txt")
+    done = call(*words, "--framework", "torch", "--out", tmp_path)
+    report = json.loads((tmp_path / REPORT).read_text())
+    assert done.code == 0 and [Path(d["name"]).name for d in report["documents"]] == [
+        "text 1",
+        "text 2",
+        "text 3",
+        "one.txt",
+        "two.txt",
+    ]
+    assert report["options"]["text"] == ["a", "b", "-c"] and len(report["data_sha256"]) == 2
+
+
+def test_any_name_can_be_shown_in_any_encoding(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal of ASCII, with a name of other letters, and more documents than are listed."""
+    name = tmp_path / "naïve.txt"
+    name.write_text("The cat", encoding="utf-8")
+    texts = [word for i in range(6) for word in ("--text", f"The owl {i}")]
+    shown = io.TextIOWrapper(io.BytesIO(), "ascii")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", shown)
+        done = call(*texts, "--data", name, "--framework", "torch", "--out", tmp_path / "out")
+    shown.flush()
+    assert done.code == 0, done.err
+    assert (
+        b"documents=7" in shown.buffer.getvalue().splitlines()[-1] and b"\\u2026" in shown.buffer.getvalue()
+    )
+    assert json.loads((tmp_path / "out" / REPORT).read_text())["documents"][-1]["name"] == str(name)
 
 
 @pytest.mark.parametrize("framework", ["jax", "torch"])

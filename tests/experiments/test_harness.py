@@ -20,7 +20,7 @@ from tolerances import tolerance  # noqa: E402
 from convert import hf  # noqa: E402
 from convert.targets import open_target  # noqa: E402
 from experiments import harness  # noqa: E402
-from jaxlm.config import ConfigError  # noqa: E402
+from jaxlm.config import ConfigError, InputError  # noqa: E402
 from jaxlm.tensor_file import Lazy  # noqa: E402
 from jaxlm.tokenizer import Tokenizer  # noqa: E402
 
@@ -170,6 +170,16 @@ def test_refuses_what_cannot_be_computed(bench: Bench) -> None:
         adapter(bench, prefix=None)
 
 
+def test_a_model_that_gives_nan_gets_no_results(bench: Bench) -> None:
+    """NaN is the largest of all choices to numpy: such a model would have answered all like the first."""
+    model = adapter(bench)
+    torch.nn.init.constant_(model.model.final_norm.weight, float("nan"))
+    with pytest.raises(InputError, match="the model gives NaN"):
+        model.loglikelihood(asked("loglikelihood", ("The cat", " sees")))
+    with pytest.raises(InputError, match="the model gives NaN"):
+        model.loglikelihood_rolling(asked("loglikelihood_rolling", ("The cat",)))
+
+
 def test_bad_options_are_one_line(
     bench: Bench, call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,6 +191,7 @@ def test_bad_options_are_one_line(
         (("--tasks", "tiny_choice", "--num-fewshot", -1), "--num-fewshot -1 must not be negative"),
         (("--tasks", "a", "--include-path", tmp_path / "none"), "none is no directory"),
         (("--limit", 1), "tasks"),
+        (("--tasks", "tiny_choice", "--out", tmp_path), f"--out {tmp_path} is a directory"),
     ]
     if importlib.util.find_spec("lm_eval"):
         cases.append((("--tasks", "half", "--include-path", tmp_path), f"half of {tmp_path}: "))

@@ -309,6 +309,7 @@ def test_bad_input_is_one_line_and_exit_code_2(checkpoint: Path, tmp_path: Path)
         (["--promt", "a"], "--promt"),
         (["--file", "nothing.txt"], r"nothing\.txt cannot be read: No such file"),
         (["--file", "."], "cannot be read: Is a directory"),
+        (["--file", ""], "--file '' names no file"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(checkpoint: Path, words: list[str], message: str) -> None:
@@ -335,6 +336,69 @@ def test_files_that_are_no_prompts(checkpoint: Path, run: Path, tmp_path: Path) 
     (tmp_path / "tokenizer.json").write_bytes((run / "tokenizer.json").read_bytes())
     with pytest.raises(InputError, match="no complete checkpoint"):
         sample.main([str(tmp_path), "--prompt", "a"])
+
+
+def test_line_ends_and_byte_order_marks_of_windows_are_no_part_of_a_prompt(tmp_path: Path) -> None:
+    """One line end goes, whichever it is; a mark at the beginning too; what else is white stays."""
+    path = tmp_path / "prompt.txt"
+    for data, prompts in (
+        (b"ab\r\n", ["ab"]),
+        (b"\xef\xbb\xbfab\n\n", ["ab\n"]),
+        (b" ab ", [" ab "]),
+        (b"ab\rcd\r\n\r\n", ["ab\rcd\r\n"]),
+    ):
+        path.write_bytes(data)
+        assert sample.read_prompts(OPTIONS(file=str(path))) == prompts
+    path.write_bytes(b"\xef\xbb\xbfab\r\n\xef\xbb\xbfcd\r\n")
+    assert sample.read_prompts(OPTIONS(file=str(path), lines=True)) == ["ab", "\ufeffcd"]
+
+
+def test_closed_streams_are_one_line(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a program without standard input or output has it; a prompt of its own needs no input."""
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ConfigError, match="no standard input"):
+        sample.main([str(checkpoint)])
+    assert sample.read_prompts(OPTIONS(prompt=("a",))) == ["a"]
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(ConfigError, match="no standard output"):
+        sample.main([str(checkpoint), "--framework", "torch", "--prompt", "a", "--max-new-tokens", "1"])
+
+
+def test_what_is_not_finite_is_null_in_json(
+    checkpoint: Path, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    """A model with NaN in it still gives valid JSON, and standard error says what is wrong."""
+    params = random_params(MODEL, dtype="float32")
+    params["blocks.0.attn.q_proj.weight"][:] = float("nan")
+    export_torch(MODEL, params, tmp_path / "nan")
+    (tmp_path / "nan" / "tokenizer.json").write_bytes((checkpoint / "tokenizer.json").read_bytes())
+    words = (
+        "--framework",
+        "torch",
+        "--prompt",
+        "a",
+        "--greedy",
+        "--max-new-tokens",
+        "2",
+        "--json",
+        "--logprobs",
+    )
+    assert sample.main([str(tmp_path / "nan"), *words]) == 0
+    done = capfdbinary.readouterr()
+    assert json.loads(done.out, parse_constant=pytest.fail)["logprobs"] == [None, None]
+    assert b"warning: the model gives NaN" in done.err
+    assert b"warning" not in (sample.main([str(checkpoint), *words]), capfdbinary.readouterr().err)[1]
+
+
+def test_the_rate_of_a_search_counts_all_of_its_time(
+    checkpoint: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    """Beams hand out all tokens at once, so there is no time to the first."""
+    words = (str(checkpoint), "--framework", "torch", "--prompt", "a", "--max-new-tokens", "4")
+    assert sample.main([*words, "--num-beams", "2"]) == 0
+    assert b"the first after" not in capfdbinary.readouterr().err
+    assert sample.main([*words, "--greedy"]) == 0
+    assert b"the first after" in capfdbinary.readouterr().err
 
 
 def test_without_a_prompt_a_document_begins(

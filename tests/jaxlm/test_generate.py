@@ -17,6 +17,7 @@ from jaxlm import generate as decoding
 from jaxlm.cached import decode_step, prefill, select_rows
 from jaxlm.config import ConfigError, ModelConfig, RopeScaling
 from jaxlm.generate import decode, stream
+from jaxlm.logits import gumbel
 from jaxlm.model import Split, abstract_model, merge_model
 from jaxlm.sampling import Sampling
 
@@ -125,13 +126,16 @@ def test_a_seed_reproduces_and_rows_do_not_mix(plain: Split) -> None:
 
 
 def test_one_compilation_serves_a_bucket(plain: Split) -> None:
-    """Other prompts, lengths, seeds and temperatures of the same bucket compile nothing; another bucket does."""
+    """Other prompts, lengths, seeds and temperatures (whole numbers too) compile nothing; another bucket does."""
     generate(plain, [[1, 2, 3]], dataclasses.replace(SAMPLED, temperature=0.7))
     run = {}
     for module in (cached, decoding):
         run |= module._compiled(plain.graphdef)._asdict()
     before = [function._cache_size() for function in run.values()]
     generate(plain, [[4, 5, 6, 7, 8, 9, 10]], dataclasses.replace(SAMPLED, max_new_tokens=15, seed=2))
+    whole = dataclasses.replace(SAMPLED)
+    object.__setattr__(whole, "temperature", 2)  # what a user may write; types are checked in tests only
+    generate(plain, [[1, 2, 3]], whole)
     assert [function._cache_size() for function in run.values()] == before
     generate(plain, [list(range(17))], dataclasses.replace(SAMPLED, max_new_tokens=15))
     after = [function._cache_size() for function in run.values()]
@@ -217,6 +221,54 @@ def test_a_long_prompt_is_read_in_chunks(name: str, x64: None, monkeypatch: pyte
             assert relative_error(parts, whole) < tolerance("f64_decode")
 
 
+def test_the_last_chunk_ends_with_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the context is no multiple of the bucket, the last chunk is narrower than it and overwrites nothing."""
+    monkeypatch.setattr(cached, "SMALLEST_BUCKET", 8)
+    monkeypatch.setattr(cached, "CHUNK", 8)
+    model = split(dataclasses.replace(PLAIN, context=20))
+    (prompt,) = prompts_for(PLAIN, (18,))
+    full = jax.jit(lambda params, ids: merge_model(model.graphdef, params)(ids)[0])
+    logits, state = prefill(model, [prompt, prompt[:3]], 20)
+    assert relative_error(logits[0], full(model.params, np.asarray([prompt]))[0, -1]) < tolerance(
+        "f32_decode"
+    )
+    assert state.cache.segment.sum(axis=1).tolist() == [18, 3]
+
+
+def test_half_precision_is_chosen_from_in_float32_with_the_noise_of_each_answer() -> None:
+    """A bfloat16 model: the seed's noise is float32 `gumbel` of the answer's number, whatever group it is made in."""
+    model, prompts = split(CASES["learned-bias-table"], jnp.bfloat16), [[5, 6, 7], [8, 9]]
+    settings = Sampling(STEPS, samples=2, seed=3, logprobs=True)
+    answers = decode(model, prompts, settings)
+    draw = jax.jit(gumbel, static_argnums=(3, 4))
+    noise = jnp.stack([draw(3, step, jnp.arange(4), V, jnp.float32) for step in range(STEPS)])
+    assert decode(model, prompts, settings, noise) == answers
+    assert decode(model, prompts[1:], settings, noise[:, 2:]) == answers[1:], "numbered across the groups"
+    logprobs = np.float32([answer.logprobs for of_one in answers for answer in of_one])
+    assert (logprobs != logprobs.astype(jnp.bfloat16).astype(np.float32)).mean() > 0.9, (
+        "rounded to half precision"
+    )
+    logits, state = prefill(model, prompts[:1], 8)
+    assert {logits.dtype, *(x.dtype for layer in state.cache.layers for x in layer)} == {
+        jnp.dtype("bfloat16")
+    }
+
+
+def test_a_burst_takes_the_cache_that_it_is_given(plain: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where tokens are made in a loop on the device, there is one cache, not two."""
+    states = []
+
+    def kept(*arguments: Any) -> Any:
+        logits, state = prefill(*arguments)
+        states.append(state)
+        return logits, state
+
+    monkeypatch.setattr(decoding, "prefill", kept)
+    generate(plain, [[1, 2, 3]], SAMPLED)
+    (state,) = states
+    assert all(x.is_deleted() for layer in state.cache.layers for x in layer)
+
+
 def test_a_windowed_layer_remembers_its_window_only() -> None:
     """The ring of a layer has as many slots as its window, whatever the length."""
     model = split(CASES["moe-windows-yarn"])
@@ -228,7 +280,7 @@ def test_a_windowed_layer_remembers_its_window_only() -> None:
     ("prompts", "changes", "message"),
     [
         ([[1] * 30], {}, "30 tokens and 12 new ones exceed the model's context of 32.*at most 2"),
-        ([[1] * 40], {}, "at most 0"),
+        ([[1] * 40], {}, "exceed the model's context of 32; shorten the prompt$"),
         ([], {}, "no prompt"),
         ([[1], []], {}, "prompt 1 is empty"),
         ([[1, V]], {}, f"id {V}, outside the vocabulary of {V}"),
@@ -242,6 +294,9 @@ def test_a_windowed_layer_remembers_its_window_only() -> None:
         ([[1]], {"min_p": -0.1}, "min_p=-0.1"),
         ([[1]], {"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
         ([[1]], {"presence_penalty": float("inf")}, "presence_penalty=inf"),
+        ([[1]], {"presence_penalty": -1e300}, "presence_penalty=-1e\\+300"),
+        ([[1]], {"temperature": 1e-300}, "temperature=1e-300"),
+        ([[1]], {"length_penalty": 1e5, "num_beams": 2}, "length_penalty=100000.0 must be finite, and 12 to"),
         ([[1]], {"no_repeat_ngram": -1}, "no_repeat_ngram=-1"),
         ([[1]], {"num_beams": 2, "temperature": 0.7}, "num_beams=2 .* temperature=0.7 contradicts it"),
         ([[1]], {"num_beams": 2, "top_k": 5}, "num_beams=2 .* top_k=5 contradicts it"),

@@ -138,6 +138,20 @@ def test_one_token_reads_its_experts_only():
     assert read("loop") >= every, "the measure sees what reads them all"
 
 
+def test_many_assignments_are_grouped_however_many_experts_there_are():
+    """A product of its own for each of 64 assignments would take ten times as long to compile."""
+    inputs = _problem(8, 128, 8, 6, 4, "swiglu", False, dtype=np.float32)
+
+    def program(backend):
+        return (
+            jax.jit(functools.partial(expert_mlp, activation="swiglu", backend=backend))
+            .lower(*inputs)
+            .as_text()
+        )
+
+    assert program("auto") == program("blocks")
+
+
 @pytest.mark.parametrize("name", ["uniform", "gelu_erf_one_choice_without_bias"])
 def test_the_loop_is_the_formula(name):
     """The oracle itself, token by token in numpy: silu(first half) * second half, and x Phi(x)."""
@@ -158,10 +172,11 @@ def test_the_loop_is_the_formula(name):
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-13 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", [*FAST, "sliced"])
 def test_bfloat16_is_close_to_float64(backend):
     """Results keep the inputs' dtype and are a few roundings away."""
-    x, weights, ids, combine = _problem(**UNIFORM, dtype=jnp.bfloat16)
+    case = UNIFORM | {"p": 2} if backend == "sliced" else UNIFORM
+    x, weights, ids, combine = _problem(**case, dtype=jnp.bfloat16)
     got = _results(x, weights, ids, combine, backend=backend, activation="swiglu", tiles=(2,))
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(got))
     with jax.enable_x64(True):

@@ -244,3 +244,10 @@ def test_a_stream_that_is_left_closes_its_source() -> None:
     assert next(pieces) == "a"
     pieces.close()
     assert closed == [True, True]
+
+
+def test_one_text_is_not_its_letters() -> None:
+    """A stop string or stop token given bare means what one in a list means."""
+    search = StopSearch("ab")
+    assert search.feed("xa") + search.feed("b") == "x" and search.found
+    assert token_ids(byte_tokenizer(), SPECIAL) == token_ids(byte_tokenizer(), [SPECIAL]) == (257,)

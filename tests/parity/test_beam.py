@@ -14,7 +14,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from helpers import QUICK, float64, relative_error  # noqa: E402
+from helpers import QUICK, float64, random_params, relative_error, tiny  # noqa: E402
+from helpers import V as TINY_V  # noqa: E402
 from hf64 import double_precision  # noqa: E402
 from hf_models import CASES, build  # noqa: E402
 from tolerances import tolerance  # noqa: E402
@@ -219,3 +220,22 @@ def test_ties_go_to_the_earlier_beam_and_the_lower_id(models: Any) -> None:
     theirs = torchref.beam.beam_search(flat, drawn.prompts, drawn.settings)
     check(drawn, ours, theirs)
     assert [a.ids for a in ours[0]] == [a.ids for a in ours[1]]
+
+
+def test_beams_go_on_though_more_stop_ids_than_beams_are_likelier() -> None:
+    """Logits of a bias alone, four stop ids on top: three beams still begin with the three next best."""
+    config = tiny(n_layers=1, tied=True, head_bias=True)
+    params = random_params(config) | {
+        "embed.weight": np.zeros((TINY_V, 24)),
+        "head_bias": -np.arange(TINY_V) / 8,
+    }
+    params["head_bias"][:4] += [9, 8, 7, 6]
+    settings = Sampling(
+        2, num_beams=3, samples=3, stop=(0, 1, 2, 3), length_penalty=9.0, early_stopping="never"
+    )
+    theirs = torchref.beam.beam_search(native.build_torch(config, params), [[5]], settings)
+    with float64():
+        split = Split(abstract_model(config).graphdef, {k: jnp.asarray(v) for k, v in params.items()})
+        ours = jaxlm.beam.beam_search(split, [[5]], settings)
+    for answers in (ours, theirs):
+        assert [(answer.ids, answer.finish) for answer in answers[0]] == [([i], "stop") for i in (4, 5, 6)]

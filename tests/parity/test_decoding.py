@@ -17,6 +17,7 @@ from tolerances import tolerance  # noqa: E402
 
 import jaxlm.cached  # noqa: E402
 import jaxlm.generate  # noqa: E402
+import torchref.attention  # noqa: E402
 import torchref.cached  # noqa: E402
 import torchref.generate  # noqa: E402
 import torchref.logits  # noqa: E402
@@ -128,6 +129,72 @@ def test_a_torch_seed_reproduces_and_rows_do_not_mix(twins: tuple[Split, Any]) -
     assert answers(torchref, decoder, [PROMPTS[0], [5]], settings)[0] == first[0]
     assert list(torchref.generate.stream(decoder, PROMPTS[0], settings)) == first[0]
     assert answers(torchref, decoder, PROMPTS, Sampling(16, seed=4)) != first
+
+
+def test_torch_half_precision_takes_float32_noise_of_each_answer() -> None:
+    """A bfloat16 model: the seed's noise is float32 `gumbel` of the answer's number, whatever group it is made in."""
+    config = CASES["learned-bias-table"]
+    decoder = build_torch(config, random_params(config, dtype=np.float32)).bfloat16()
+    prompts, settings = [[5, 6, 7], [8, 9]], Sampling(16, temperature=4.0, samples=20, seed=3, logprobs=True)
+    found = torchref.generate.decode(decoder, prompts, settings)
+    noise = torch.stack([torchref.logits.gumbel(3, step, range(40), V, torch.float32) for step in range(16)])
+    assert torchref.generate.decode(decoder, prompts, settings, noise) == found
+    alone = torchref.generate.decode(decoder, prompts[1:], settings, noise[:, 20:])
+    assert alone == found[1:], "numbered across the groups"
+    logprobs = torch.tensor([answer.logprobs for of_one in found for answer in of_one])
+    assert (logprobs != logprobs.bfloat16().float()).float().mean() > 0.9, "rounded to half precision"
+    logits, state = torchref.cached.prefill(decoder, prompts[:1], 8)
+    dtypes = {logits.dtype, *(x.dtype for layer in state.cache.layers for x in layer)}
+    assert dtypes == {torch.bfloat16} and not logits.requires_grad
+
+
+def test_torch_reads_a_long_prompt_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks shorter than the window, than the padding, and with a rest: the logits of one piece."""
+    decoder, found = build_torch(TWINS, random_params(TWINS)), {}
+    for chunk in (512, 3, 4):
+        monkeypatch.setattr(torchref.cached, "CHUNK", chunk)
+        logits, state = torchref.cached.prefill(decoder, PROMPTS, 11)
+        found[chunk] = torch.stack(
+            [logits, torchref.cached.decode_step(decoder, torch.tensor([1, 2, 3, 4]), state)[0]]
+        )
+    for chunk in (3, 4):
+        assert relative_error(found[chunk], found[512]) < tolerance("f64_decode")
+
+
+def test_a_torch_cache_forgets_the_padding_on_the_right() -> None:
+    """Columns of padding after all rows' tokens, more than the window: the next step is that without them."""
+    decoder, ids = build_torch(TWINS, random_params(TWINS)), np.zeros((4, 15), np.int64)
+    for row, prompt in zip(ids, PROMPTS):
+        row[9 - len(prompt) : 9] = prompt
+    segments = np.int64([[9 - len(prompt) <= i < 9 for i in range(15)] for prompt in PROMPTS])
+    positions = np.maximum(segments.cumsum(axis=1) - 1, 0)
+    _, state = torchref.cached.prefill(decoder, PROMPTS, 16)
+    tokens, cache = torch.tensor([1, 2, 3, 4]), torchref.attention.init_cache(TWINS, 4, 16, torch.float64)
+    expected = torchref.cached.decode_step(decoder, tokens, state)[0]
+    with torch.no_grad():
+        cache = decoder(*(torch.from_numpy(a) for a in (ids, positions, segments)), cache)[2]
+        assert cache.length == 9
+        found = decoder(tokens[:, None], state.positions[:, None], cache=cache)[0][:, 0]
+    assert relative_error(found, expected) < tolerance("f64_decode")
+
+
+@pytest.mark.parametrize("framework", ["jaxlm", "torchref"])
+def test_a_caller_ends_an_answer_by_its_number(framework: str) -> None:
+    """Asked at the first token already, and by the prompt's place, though prompts of one length are made together."""
+    config, prompts, asked = CASES["learned-bias-table"], [[5, 6, 7], [8, 9]], set()
+    params = random_params(config, dtype=np.float32)
+    model = build_torch(config, params)
+    if framework == "jaxlm":
+        model = Split(abstract_model(config).graphdef, {path: jnp.asarray(v) for path, v in params.items()})
+
+    def ended(number: int, ids: Any) -> bool:
+        asked.add(number)
+        return number == 1
+
+    module = {"jaxlm": jaxlm, "torchref": torchref}[framework].generate
+    found = [best for (best,) in module.decode(model, prompts, Sampling(STEPS, greedy=True), ended=ended)]
+    assert asked == {0, 1}
+    assert [(answer.finish, len(answer.ids)) for answer in found] == [("length", STEPS), ("stop", 1)]
 
 
 def test_torch_noise_is_gumbel() -> None:

@@ -126,7 +126,12 @@ def test_perplexity_in_float32(name: str) -> None:
 def test_results_do_not_depend_on_the_batch(framework: str, x64: None) -> None:
     """Rows beside a window, and how many of them are padding, change nothing."""
     model, score = models("moe-windows", "float64")[framework]
-    found = [total(score(model, documents(), WINDOW, STRIDE, n, FRONT), documents(), BYTES) for n in (1, 50)]
+    found = []
+    for batch in (1, 50):
+        told: list[int] = []
+        scores = score(model, documents(), WINDOW, STRIDE, batch, FRONT, told.append)
+        found.append(total(scores, documents(), BYTES))
+        assert sum(told) == found[-1].tokens, "progress is told of every token"
     for result in found[1:]:
         assert result[:3] == found[0][:3]
         assert relative_error(result[3:], found[0][3:]) <= tolerance("f64_score")
@@ -207,3 +212,5 @@ def test_refuses_what_the_model_cannot_read(framework: str) -> None:
         score(model, [np.arange(41)], 40, 20, 2)
     with pytest.raises(ConfigError, match=f"document 1 holds id {V}, outside the model's vocabulary of {V}"):
         score(model, [[1, 2], [1, V]], 8, 4, 2)
+    with pytest.raises(ConfigError, match="document 0 holds id -1"):
+        score(model, [[1, -1]], 8, 4, 2)

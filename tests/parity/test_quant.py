@@ -15,9 +15,11 @@ from helpers import QUICK, T, V, random_params, relative_error, tiny  # noqa: E4
 from tolerances import tolerance  # noqa: E402
 
 import jaxlm.quant  # noqa: E402
+import torchref.layers  # noqa: E402
 import torchref.quant  # noqa: E402
 from convert.native import build_torch, to_torch  # noqa: E402
 from jaxlm.config import InputError, ModelConfig  # noqa: E402
+from jaxlm.layers import Backends  # noqa: E402
 from jaxlm.model import Split, abstract_model, merge_model  # noqa: E402
 from jaxlm.quant import KINDS, is_quantized  # noqa: E402
 from jaxlm.sampling import Sampling  # noqa: E402
@@ -164,3 +166,25 @@ def test_torch_reads_tensors_one_by_one(kind: str) -> None:
         torchref.quant.quantize_params(
             config, {k: v for k, v in tensors.items() if k != "embed.weight"}, kind
         )
+
+
+def test_what_is_not_quantised_is_as_it_was_or_as_asked() -> None:
+    """Implementations, remat and mode of the model; the dtype of the other parameters where one is given."""
+    config = CASES["moe-shared"]
+    params = random_params(config, dtype=np.float32)
+    graphdef = abstract_model(config, Backends("readable", "loop"), remat="block").graphdef
+    model = Split(graphdef, {path: jnp.asarray(value) for path, value in params.items()})
+    decoder = build_torch(config, params, torchref.layers.Backends("readable", "loop")).eval()
+    decoder.remat = "block"
+    whole = merge_model(*jaxlm.quant.quantize(model, "int8"))
+    for found in (whole, torchref.quant.quantize(decoder, "int8")):
+        block = found.blocks[0]
+        assert (block.attn.backend, block.moe.experts.backend, found.remat) == ("readable", "loop", "block")
+    assert not found.training
+    in_torch = {path: torch.from_numpy(value) for path, value in to_torch(config, params).items()}
+    half = jaxlm.quant.quantize_params(config, params, "int8", dtype=jnp.bfloat16).params
+    other = torchref.quant.quantize_params(config, in_torch, "int8", dtype=torch.bfloat16).state_dict()
+    for path in filter(lambda path: not is_quantized(path), params):
+        assert half[path].dtype == jnp.bfloat16 and other[path].dtype == torch.bfloat16, path
+    scales = "blocks.0.attn.q_proj.weight.scales"
+    assert half[scales].dtype == jnp.float32 and other[scales].dtype == torch.float32

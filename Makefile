@@ -31,7 +31,7 @@ parity: $(VENV)/.demo ## compare the quickstart decoder in JAX and PyTorch, all 
 	@$(BIN)/python -m experiments.parity quickstart
 
 test: $(VENV)/.dev ## the test suite
-	@$(BIN)/python -m pytest -n $(PYTEST_JOBS) --dist loadfile --timeout 300 $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(PYTEST_JOBS) --dist loadfile --no-loadscope-reorder --timeout 300 $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev ## ruff, its formatter and pyright
 	@$(BIN)/ruff check .

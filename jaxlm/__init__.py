@@ -2,11 +2,12 @@
 
 Package map (imports go from right to left only; a test reads the AST):
 
-    config, presets, tokenizer, rope_table <- data <- sharding <- layers <- grouped <- attention, moe <- model
-        <- loss, generate <- optim, checkpoint, metrics <- train <- loop
+    config, presets, tokenizer, rope_table, sampling <- data, text, chat, windows <- sharding <- layers <- grouped
+        <- attention, moe <- model <- loss, logits, cached, beam, generate, evaluate, quant
+        <- optim, checkpoint, metrics <- train <- loop, ablation
 
-`config`, `presets`, `count`, `tokenizer` and `rope_table` import neither jax nor torch: `torchref`, the PyTorch column,
-shares them.
+`config`, `presets`, `count`, `tokenizer`, `rope_table`, `sampling`, `text` and `windows` import neither jax nor torch:
+`torchref`, the PyTorch column, shares them.
 
 Dimension legend, used in annotations, einsum strings and name suffixes in both frameworks:
 

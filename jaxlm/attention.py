@@ -46,11 +46,11 @@ class LayerCache(NamedTuple):
     """Keys and values of one layer, rotated already; what was not written yet is zero.
 
     Token t stands in slot t mod S. Under a window, S need not exceed the window: a ring, whose new tokens take the
-    place of those that no query will see any more.
+    place of those that no query will see any more. Heads come before slots, so that a step multiplies what it finds.
     """
 
-    k: Float[Array, "B S K H"]
-    v: Float[Array, "B S K H"]
+    k: Float[Array, "B K S H"]
+    v: Float[Array, "B K S H"]
 
 
 class KVCache(NamedTuple):
@@ -66,37 +66,38 @@ def init_cache(config: ModelConfig, batch: int, slots: int, dtype: DTypeLike) ->
     layers = []
     for i in range(config.n_layers):
         window = config.window(i)
-        shape = (batch, min(slots, window) if window else slots, config.n_kv_heads, config.head_dim)
+        shape = (batch, config.n_kv_heads, min(slots, window) if window else slots, config.head_dim)
         layers.append(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
     return KVCache(tuple(layers), jnp.zeros((batch, slots), jnp.int32), jnp.zeros((), jnp.int32))
 
 
 def remember(
     cache: LayerCache, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], visibility: Visibility
-) -> tuple[LayerCache, Visibility, LayerCache]:
+) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"], Visibility, LayerCache]:
     """Keys and values that T new tokens may see, which ones they are, and the cache with the new ones written.
 
     visibility: of the new tokens in a cache that forgets nothing.
     """
-    k, v = k.astype(cache.k.dtype), v.astype(cache.v.dtype)
-    S, T = cache.k.shape[1], k.shape[1]
+    new = LayerCache(*(x.swapaxes(1, 2).astype(old.dtype) for x, old in zip((k, v), cache)))
+    S, T = cache.k.shape[2], k.shape[1]
     start = visibility.query_index[0]
-    if visibility.key_index.shape[0] == S:
-        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
-        cache = LayerCache(write(cache.k, k), write(cache.v, v))
-        return cache, visibility, cache
-    if T == 1:
-        # The token that is overwritten left the window of this one.
-        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start % S, axis=1)
-        cache = LayerCache(write(cache.k, k), write(cache.v, v))
-        return cache, _of_ring(visibility, _ring_index(start + 1, S)), cache
-    # Several new tokens: the first still see what the last will have overwritten.
-    seen = LayerCache(jnp.concatenate([cache.k, k], axis=1), jnp.concatenate([cache.v, v], axis=1))
-    seen_index = jnp.concatenate([_ring_index(start, S), visibility.query_index])
-    index = _ring_index(start + (T if visibility.kept is None else visibility.kept), S)
-    source, new = jnp.clip(index - start, 0, T - 1), (index >= start)[:, None, None]
-    cache = LayerCache(jnp.where(new, k[:, source], cache.k), jnp.where(new, v[:, source], cache.v))
-    return seen, _of_ring(visibility, seen_index), cache
+    ring = visibility.key_index.shape[0] != S
+    if T == 1 or not ring:
+        # In a ring, the token that is overwritten left the window of the new one.
+        write = functools.partial(
+            jax.lax.dynamic_update_slice_in_dim, start_index=start % S if ring else start, axis=2
+        )
+        seen = cache = LayerCache(*(write(old, x) for old, x in zip(cache, new)))
+        visibility = _of_ring(visibility, _ring_index(start + 1, S)) if ring else visibility
+    else:
+        # Several new tokens: the first still see what the last will have overwritten.
+        seen = LayerCache(*(jnp.concatenate([old, x], axis=2) for old, x in zip(cache, new)))
+        index = _ring_index(start + (T if visibility.kept is None else visibility.kept), S)
+        source, taken = jnp.clip(index - start, 0, T - 1), (index >= start)[:, None]
+        cache = LayerCache(*(jnp.where(taken, x[:, :, source], old) for old, x in zip(cache, new)))
+        seen_index = jnp.concatenate([_ring_index(start, S), visibility.query_index])
+        visibility = _of_ring(visibility, seen_index)
+    return seen.k.swapaxes(1, 2), seen.v.swapaxes(1, 2), visibility, cache
 
 
 def _ring_index(length: Int[Array, ""], slots: int) -> Int[Array, " S"]:
@@ -167,18 +168,21 @@ def fast_attention(
     rate: float,
     key: Array | None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T S"]]:
-    """All heads in two contractions; q, k, v in their dtype, scores (-inf where not allowed) and softmax upcast."""
+    """All heads in two products; q, k, v in their dtype, scores (-inf where not allowed) and softmax upcast."""
     B, T, N, H = q.shape
-    K = k.shape[2]
+    K, S = k.shape[2], k.shape[1]
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    q_BTKGH = q.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k, preferred_element_type=wide) / H**0.5
+    # A kv head's group of queries are the rows of one product: no head of k or v is copied, nor a cache turned.
+    q_BKPH = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
+    scores = jnp.matmul(q_BKPH, k.transpose(0, 2, 3, 1), preferred_element_type=wide) / H**0.5
+    scores = scores.reshape(B, N, T, S)
     if bias is not None:
-        scores += upcast(bias.reshape(1, K, N // K, *bias.shape[1:]))
-    mask = mask[:, None, None]
-    weights = masked_softmax(scores, mask).astype(v.dtype)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", dropout(weights, rate, key), v).reshape(B, T, N, H)
-    return out, jnp.where(mask, scores, -jnp.inf).reshape(B, N, T, -1)
+        scores += upcast(bias)
+    mask = mask[:, None]
+    weights = dropout(masked_softmax(scores, mask).astype(v.dtype), rate, key)
+    out_BKPH = jnp.matmul(weights.reshape(B, K, -1, S), v.swapaxes(1, 2))
+    out = out_BKPH.reshape(B, N, T, H).swapaxes(1, 2)
+    return out, jnp.where(mask, scores, -jnp.inf)
 
 
 def cudnn_attention(q: Array, k: Array, v: Array, window: int) -> Array:
@@ -250,7 +254,7 @@ class Attention(nnx.Module):
         acts = {"q": q_BTNH, "k": k_BTKH, "v": v_BTKH}
         k_BSKH, v_BSKH = k_BTKH, v_BTKH
         if cache is not None:
-            (k_BSKH, v_BSKH), visibility, cache = remember(cache, k_BTKH, v_BTKH, visibility)
+            k_BSKH, v_BSKH, visibility, cache = remember(cache, k_BTKH, v_BTKH, visibility)
         out_BTNH, scores = self.attend(q_BTNH, k_BSKH, v_BSKH, visibility, cached=cache is not None, key=key)
         acts |= {"heads": out_BTNH} if scores is None else {"scores": scores, "heads": out_BTNH}
         return self.o_proj(out_BTNH.reshape(B, T, -1)), acts, cache

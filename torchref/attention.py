@@ -31,11 +31,11 @@ class LayerCache(NamedTuple):
     """Keys and values of one layer, rotated already; what was not written yet is zero.
 
     Token t stands in slot t mod S. Under a window, S need not exceed the window: a ring, whose new tokens take the
-    place of those that no query will see any more.
+    place of those that no query will see any more. Heads come before slots, as fused kernels take them.
     """
 
-    k: Float[Tensor, "B S K H"]
-    v: Float[Tensor, "B S K H"]
+    k: Float[Tensor, "B K S H"]
+    v: Float[Tensor, "B K S H"]
 
 
 class KVCache(NamedTuple):
@@ -53,7 +53,7 @@ def init_cache(
     layers = []
     for i in range(config.n_layers):
         window = config.window(i)
-        shape = (batch, min(slots, window) if window else slots, config.n_kv_heads, config.head_dim)
+        shape = (batch, config.n_kv_heads, min(slots, window) if window else slots, config.head_dim)
         k, v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         layers.append(LayerCache(k, v))
     return KVCache(tuple(layers), torch.zeros((batch, slots), dtype=torch.long, device=device), 0)
@@ -61,30 +61,32 @@ def init_cache(
 
 def remember(
     cache: LayerCache, k: Float[Tensor, "B T K H"], v: Float[Tensor, "B T K H"], visibility: Visibility
-) -> tuple[LayerCache, Visibility, LayerCache]:
+) -> tuple[Float[Tensor, "B S K H"], Float[Tensor, "B S K H"], Visibility, LayerCache]:
     """Keys and values that T new tokens may see, which ones they are, and the cache with the new ones written.
 
     visibility: of the new tokens in a cache that forgets nothing.
     """
-    S, T = cache.k.shape[1], k.shape[1]
+    new = LayerCache(*(x.transpose(1, 2).to(old.dtype) for x, old in zip((k, v), cache)))
+    S, T, device = cache.k.shape[2], k.shape[1], k.device
     start = int(visibility.query_index[0])
-    if visibility.key_index.shape[0] == S:
-        cache.k[:, start : start + T] = k
-        cache.v[:, start : start + T] = v
-        return cache, visibility, cache
-    if T == 1:
-        # The token that is overwritten left the window of this one.
-        cache.k[:, start % S] = k[:, 0]
-        cache.v[:, start % S] = v[:, 0]
-        return cache, _of_ring(visibility, _ring_index(start + 1, S, k.device)), cache
-    # Several new tokens: the first still see what the last will have overwritten.
-    seen = LayerCache(*(torch.cat([old, new.to(old.dtype)], dim=1) for old, new in zip(cache, (k, v))))
-    seen_index = torch.cat([_ring_index(start, S, k.device), visibility.query_index])
-    kept = T if visibility.kept is None else int(visibility.kept)
-    newest = torch.arange(max(kept - S, 0), kept, device=k.device)
-    cache.k[:, (start + newest) % S] = k[:, newest].to(cache.k.dtype)
-    cache.v[:, (start + newest) % S] = v[:, newest].to(cache.v.dtype)
-    return seen, _of_ring(visibility, seen_index), cache
+    ring = visibility.key_index.shape[0] != S
+    if T == 1 or not ring:
+        # In a ring, the token that is overwritten left the window of the new one.
+        first = start % S if ring else start
+        for old, x in zip(cache, new):
+            old[:, :, first : first + T] = x
+        seen = cache
+        visibility = _of_ring(visibility, _ring_index(start + 1, S, device)) if ring else visibility
+    else:
+        # Several new tokens: the first still see what the last will have overwritten.
+        seen = LayerCache(*(torch.cat([old, x], dim=2) for old, x in zip(cache, new)))
+        kept = T if visibility.kept is None else int(visibility.kept)
+        newest = torch.arange(max(kept - S, 0), kept, device=device)
+        for old, x in zip(cache, new):
+            old[:, :, (start + newest) % S] = x[:, :, newest]
+        seen_index = torch.cat([_ring_index(start, S, device), visibility.query_index])
+        visibility = _of_ring(visibility, seen_index)
+    return seen.k.transpose(1, 2), seen.v.transpose(1, 2), visibility, cache
 
 
 def _ring_index(length: int, slots: int, device: torch.device) -> Int[Tensor, " S"]:
@@ -230,7 +232,7 @@ class Attention(nn.Module):
         acts = {"q": q_BTNH, "k": k_BTKH, "v": v_BTKH}
         k_BSKH, v_BSKH = k_BTKH, v_BTKH
         if cache is not None:
-            (k_BSKH, v_BSKH), visibility, cache = remember(cache, k_BTKH, v_BTKH, visibility)
+            k_BSKH, v_BSKH, visibility, cache = remember(cache, k_BTKH, v_BTKH, visibility)
         out_BTNH, scores = self.attend(q_BTNH, k_BSKH, v_BSKH, visibility, cached=cache is not None, key=key)
         acts |= {"heads": out_BTNH} if scores is None else {"scores": scores, "heads": out_BTNH}
         return self.o_proj(out_BTNH.reshape(B, T, -1)), acts, cache

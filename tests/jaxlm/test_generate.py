@@ -273,7 +273,7 @@ def test_a_windowed_layer_remembers_its_window_only() -> None:
     """The ring of a layer has as many slots as its window, whatever the length."""
     model = split(CASES["moe-windows-yarn"])
     _, state = prefill(model, [[1] * 20], 32)
-    assert [layer.k.shape[1] for layer in state.cache.layers] == [4, 32]
+    assert [layer.k.shape[2] for layer in state.cache.layers] == [4, 32]
 
 
 @pytest.mark.parametrize(

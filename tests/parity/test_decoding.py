@@ -235,6 +235,10 @@ def test_cached_logits_are_equal_in_float64(x64: None) -> None:
     for layer, torch_layer in zip(state.cache.layers, torch_state.cache.layers):
         for row, prompt in enumerate(PROMPTS):
             slots = slice(9 - len(prompt), 9)
-            assert relative_error(layer.k[row, slots], torch_layer.k[row, slots]) < tolerance("f64_decode")
-            assert relative_error(layer.v[row, slots], torch_layer.v[row, slots]) < tolerance("f64_decode")
+            assert relative_error(layer.k[row, :, slots], torch_layer.k[row, :, slots]) < tolerance(
+                "f64_decode"
+            )
+            assert relative_error(layer.v[row, :, slots], torch_layer.v[row, :, slots]) < tolerance(
+                "f64_decode"
+            )
     assert jax.numpy.all(state.cache.segment == torch_state.cache.segment.numpy())

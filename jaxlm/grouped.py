@@ -35,7 +35,8 @@ from jaxlm.shapes import Float, Int
 Activation = Literal["swiglu", "gelu_erf", "gelu_tanh"]
 Backend = Literal["auto", "loop", "blocks", "batched", "sliced"]
 
-FEW_ROWS, FEW_TILES = 4, (4, 2)  # up to so many assignments per expert, padding costs more than small products
+FEW_ROWS = 4  # assignments per expert, up to which padding costs more than small products
+FEW_TILES = (4, 2)
 CPU_TILES = (512, 128, 32, 8)  # rows; large tiles keep the cores busy, small ones pad less
 GPU_TILES = (256, 64, 16)
 GPU_CHUNK = 16  # tiles of one batched product; bounds the gathered weights and the gradients per tile

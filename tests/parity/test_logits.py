@@ -181,7 +181,7 @@ def subsets() -> list[dict[str, Any]]:
     return alone + every + some
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
 def test_every_processor_is_transformers(dtype: str) -> None:
     """Alone, together and in random subsets, on 1,000 rows of every kind."""
     logits = logits_of(dtype)

@@ -117,7 +117,9 @@ def in_torch(config: ModelConfig, dtype: str) -> Iterator[tuple[Any, Any]]:
 
 @pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("framework", [in_jax, in_torch])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n.startswith("bias-table") else []) for n in OPTIONS]
+)
 def test_600_cached_positions_are_the_full_forward(
     name: str, framework: Any, dtype: str, request: pytest.FixtureRequest
 ) -> None:

@@ -91,7 +91,13 @@ def test_codes_scales_and_values_are_bitwise_equal(kind: str, shape: tuple[int, 
         )
 
 
-@pytest.mark.parametrize(("name", "kind"), MODELS)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        pytest.param(*m, marks=[] if m[1] == "nf4" or m[0] == "moe-shared" else pytest.mark.slow)
+        for m in MODELS
+    ],
+)
 def test_quantised_models_are_the_same_model(name: str, kind: str, x64: None) -> None:
     """Parameters by name and to the bit; float64 logits of both, and of a plain decoder that holds the same values."""
     model, decoder = pair(CASES[name])

@@ -49,12 +49,14 @@ GATES: dict[str, Gate] = {
         1e-12, "float64 log-probabilities and perplexity, windows in batches against one token at a time"
     ),
     "bf16_head": Gate(5e-3, "log-probabilities of bfloat16 logits, rounded to it or not: measured 6e-4"),
-    "f32_hflm": Gate(2e-6, "float32 likelihoods against lm_eval's HFLM on the same weights: measured 1.2e-7"),
+    "f32_hflm": Gate(
+        2e-6, "float32 likelihoods against lm_eval's HFLM on the same weights: sums of some tens of tokens"
+    ),
     "f32_perplexity": Gate(1e-6, "float32 perplexity against float64"),
     "f32_decode": Gate(5e-6, "float32 decoding with a cache against the full forward: measured 6.6e-7"),
     "f32_quant_error": Gate(
         1e-3,
-        "error of int4 weights against the formula in float64: a few values lie on a border, measured 1e-5",
+        "error of int4 weights against the formula in float64: a few values lie on a border between codes",
     ),
     "f32_tie_margin": Gate(
         1e-4,
@@ -79,10 +81,10 @@ GATES: dict[str, Gate] = {
     "f32_attention": Gate(5e-6, "float32 activations of equal implementations of attention: measured 2e-7"),
     "bf16_activations": Gate(3e-2, "bfloat16 activations of a tiny decoder against float32: measured 9.4e-3"),
     "f64_logits": Gate(
-        1e-14, "processed float64 logits against transformers, before temperature: measured 1e-15"
+        1e-14, "processed float64 logits against transformers, before temperature: two or three roundings"
     ),
     "f32_logits": Gate(
-        2e-6, "processed float32 logits against transformers, before temperature: measured 6e-7"
+        2e-6, "processed float32 logits against transformers, before temperature: two or three roundings"
     ),
     "f32_top_p": Gate(1e-5, "absolute: a sum of 32,000 float32 probabilities decides about this much mass"),
     "p_value": Gate(

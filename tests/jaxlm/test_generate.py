@@ -10,15 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import QUICK, V, random_params, relative_error, tiny
+from hlo import bytes_read
 from tolerances import tolerance
 
 from jaxlm import cached
 from jaxlm import generate as decoding
+from jaxlm.attention import init_cache
 from jaxlm.cached import decode_step, prefill, select_rows
 from jaxlm.config import ConfigError, ModelConfig, RopeScaling
 from jaxlm.generate import decode, stream
 from jaxlm.logits import gumbel
 from jaxlm.model import Split, abstract_model, merge_model
+from jaxlm.presets import PRESETS
 from jaxlm.sampling import Sampling
 
 STEPS = 5
@@ -332,3 +335,17 @@ def test_the_cache_is_donated_and_written_in_place(plain: Split) -> None:
     assert memory.alias_size_in_bytes >= size
     decode_step(plain, tokens, state)
     assert state.cache.layers[0].k.is_deleted()
+
+
+def test_a_step_reads_the_chosen_experts_only() -> None:
+    """The whole compiled step of a mixture, one row: A of E experts in every layer, and no tenth more."""
+    config = PRESETS["quickstart"].config.model
+    graphdef, shapes, _ = abstract_model(config)
+    cache = jax.eval_shape(lambda: init_cache(config, 1, 64, jnp.float32))
+    row = jax.ShapeDtypeStruct((1,), jnp.int32)
+    step = jax.jit(functools.partial(cached.step, graphdef))
+    text = step.lower(shapes, cache, row, row).compile().as_text()
+    stacks = [shape for path, shape in shapes.items() if ".experts." in path]
+    every = sum(shape.size * shape.dtype.itemsize for shape in stacks)
+    share = config.moe.n_active / config.moe.n_experts
+    assert share * every <= bytes_read(text, {shape.shape for shape in stacks}) <= 1.1 * share * every

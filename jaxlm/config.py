@@ -30,7 +30,8 @@ class ConfigError(InputError):
     """A configuration that cannot work; the message is one line that says what to change."""
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Raises ConfigError with the message unless the condition holds."""
     if not condition:
         raise ConfigError(message)
 
@@ -38,7 +39,7 @@ def _require(condition: bool, message: str) -> None:
 def _require_finite(config: Any, prefix: str = "") -> None:
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
-        _require(
+        require(
             not isinstance(value, float) or math.isfinite(value), f"{prefix}{f.name}={value} must be finite"
         )
 
@@ -58,26 +59,26 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         _require_finite(self, "rope_scaling.")
-        _require(self.factor > 0, f"rope_scaling.factor={self.factor} must be positive")
+        require(self.factor > 0, f"rope_scaling.factor={self.factor} must be positive")
         if self.kind == "none":
-            _require(self.factor == 1.0, f"rope_scaling.factor={self.factor} has no effect with kind='none'")
+            require(self.factor == 1.0, f"rope_scaling.factor={self.factor} has no effect with kind='none'")
         if self.kind in ("llama3", "yarn"):
-            _require(
+            require(
                 self.original_context > 0,
                 f"rope_scaling.original_context={self.original_context} must be > 0 for kind={self.kind!r}",
             )
         if self.kind == "llama3":
-            _require(
+            require(
                 0 < self.low_freq_factor < self.high_freq_factor,
                 f"rope_scaling.low_freq_factor={self.low_freq_factor} must be positive and below "
                 f"high_freq_factor={self.high_freq_factor}",
             )
         if self.kind == "yarn":
-            _require(
+            require(
                 0 < self.beta_slow < self.beta_fast,
                 f"rope_scaling.beta_slow={self.beta_slow} must be in (0, beta_fast={self.beta_fast})",
             )
-            _require(
+            require(
                 self.attention_factor >= 0,
                 f"rope_scaling.attention_factor={self.attention_factor} must not be negative (0 = automatic)",
             )
@@ -109,23 +110,21 @@ class MoEConfig:
         _require_finite(self, "moe.")
         for name in ("n_experts", "d_ff", "shared_d_ff"):
             value = getattr(self, name)
-            _require(0 <= value < _LARGEST, f"moe.{name}={value} must not be negative, and below 2^31")
+            require(0 <= value < _LARGEST, f"moe.{name}={value} must not be negative, and below 2^31")
         if self.n_experts == 0:
             return
-        _require(
+        require(
             1 <= self.n_active <= self.n_experts,
             f"moe.n_active={self.n_active} must be between 1 and n_experts={self.n_experts}",
         )
-        _require(len(self.pattern) > 0, "moe.pattern is empty; it needs at least one of True, False")
-        _require(
+        require(len(self.pattern) > 0, "moe.pattern is empty; it needs at least one of True, False")
+        require(
             any(self.pattern), f"moe.pattern={self.pattern} has no MoE layer but n_experts={self.n_experts}"
         )
-        _require(
-            self.capacity_factor >= 0, f"moe.capacity_factor={self.capacity_factor} must not be negative"
-        )
-        _require(self.balance_coef >= 0, f"moe.balance_coef={self.balance_coef} must not be negative")
-        _require(self.router_z_coef >= 0, f"moe.router_z_coef={self.router_z_coef} must not be negative")
-        _require(
+        require(self.capacity_factor >= 0, f"moe.capacity_factor={self.capacity_factor} must not be negative")
+        require(self.balance_coef >= 0, f"moe.balance_coef={self.balance_coef} must not be negative")
+        require(self.router_z_coef >= 0, f"moe.router_z_coef={self.router_z_coef} must not be negative")
+        require(
             not (self.shared_gate and self.shared_d_ff == 0),
             f"moe.shared_gate={self.shared_gate} needs a shared expert, but shared_d_ff={self.shared_d_ff}",
         )
@@ -176,28 +175,28 @@ class ModelConfig:
             "context",
         ):
             value = getattr(self, name)
-            _require(0 < value < _LARGEST, f"{name}={value} must be positive and below 2^31")
-        _require(
+            require(0 < value < _LARGEST, f"{name}={value} must be positive and below 2^31")
+        require(
             self.n_heads % self.n_kv_heads == 0,
             f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}",
         )
-        _require(self.norm_eps > 0, f"norm_eps={self.norm_eps} must be positive")
-        _require(0 <= self.dropout < 1, f"dropout={self.dropout} must be in [0, 1)")
-        _require(self.init_std > 0, f"init_std={self.init_std} must be positive")
+        require(self.norm_eps > 0, f"norm_eps={self.norm_eps} must be positive")
+        require(0 <= self.dropout < 1, f"dropout={self.dropout} must be in [0, 1)")
+        require(self.init_std > 0, f"init_std={self.init_std} must be positive")
         if self.position == "rope":
-            _require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even for position='rope'")
-            _require(self.rope_theta > 0, f"rope_theta={self.rope_theta} must be positive")
-            _require(
+            require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even for position='rope'")
+            require(self.rope_theta > 0, f"rope_theta={self.rope_theta} must be positive")
+            require(
                 self.rope_theta > 1 or self.rope_scaling.kind != "yarn",
                 f"rope_theta={self.rope_theta} must exceed 1 for rope_scaling.kind={self.rope_scaling.kind!r}",
             )
         else:
-            _require(
+            require(
                 self.rope_scaling.kind == "none",
                 f"rope_scaling.kind={self.rope_scaling.kind!r} has no effect with position={self.position!r}",
             )
-        _require(len(self.windows) > 0, "windows is empty; use 0 for full attention")
-        _require(min(self.windows) >= 0, f"windows={self.windows} must not be negative; 0 = full attention")
+        require(len(self.windows) > 0, "windows is empty; use 0 for full attention")
+        require(min(self.windows) >= 0, f"windows={self.windows} must not be negative; 0 = full attention")
 
     @property
     def expert_d_ff(self) -> int:
@@ -225,7 +224,7 @@ class DataConfig:
     shuffle: bool = True  # shuffled windows; False = corpus order
 
     def __post_init__(self) -> None:
-        _require(0 < self.val_fraction < 1, f"data.val_fraction={self.val_fraction} must be between 0 and 1")
+        require(0 < self.val_fraction < 1, f"data.val_fraction={self.val_fraction} must be between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -247,16 +246,14 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _require_finite(self, "optim.")
-        _require(self.lr > 0, f"optim.lr={self.lr} must be positive")
-        _require(
-            0 <= self.min_lr <= self.lr, f"optim.min_lr={self.min_lr} must be between 0 and lr={self.lr}"
-        )
-        _require(0 <= self.b1 < 1 and 0 <= self.b2 < 1, f"optim.b1={self.b1}, b2={self.b2} must be in [0, 1)")
-        _require(self.eps > 0, f"optim.eps={self.eps} must be positive")
+        require(self.lr > 0, f"optim.lr={self.lr} must be positive")
+        require(0 <= self.min_lr <= self.lr, f"optim.min_lr={self.min_lr} must be between 0 and lr={self.lr}")
+        require(0 <= self.b1 < 1 and 0 <= self.b2 < 1, f"optim.b1={self.b1}, b2={self.b2} must be in [0, 1)")
+        require(self.eps > 0, f"optim.eps={self.eps} must be positive")
         for name in ("warmup_steps", "decay_steps", "weight_decay", "clip_norm", "z_loss_coef"):
-            _require(getattr(self, name) >= 0, f"optim.{name}={getattr(self, name)} must not be negative")
+            require(getattr(self, name) >= 0, f"optim.{name}={getattr(self, name)} must not be negative")
         if self.schedule == "cosine" and self.decay_steps:
-            _require(
+            require(
                 self.warmup_steps <= self.decay_steps,
                 f"optim.warmup_steps={self.warmup_steps} must not exceed decay_steps={self.decay_steps}",
             )
@@ -273,7 +270,7 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         for name, size in dataclasses.asdict(self).items():
-            _require(size >= 1, f"mesh axis {name}={size} must be at least 1")
+            require(size >= 1, f"mesh axis {name}={size} must be at least 1")
 
     @property
     def size(self) -> int:
@@ -287,9 +284,9 @@ class MeshConfig:
         names = [f.name for f in dataclasses.fields(cls)]
         for part in filter(None, (p.strip() for p in text.split(","))):
             name, _, size = part.partition("=")
-            _require(name in names, f"mesh axis {name!r} in {text!r} is unknown; axes are {', '.join(names)}")
-            _require(name not in sizes, f"mesh axis {name!r} stands twice in {text!r}")
-            _require(
+            require(name in names, f"mesh axis {name!r} in {text!r} is unknown; axes are {', '.join(names)}")
+            require(name not in sizes, f"mesh axis {name!r} stands twice in {text!r}")
+            require(
                 re.fullmatch("[0-9]{1,9}", size) is not None,
                 f"mesh {text!r}: {part!r} is not of the form axis=count",
             )
@@ -324,10 +321,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "seq_len", "accumulation", "log_every", "eval_batches", "keep"):
-            _require(getattr(self, name) > 0, f"train.{name}={getattr(self, name)} must be positive")
+            require(getattr(self, name) > 0, f"train.{name}={getattr(self, name)} must be positive")
         for name in ("eval_every", "save_every", "seed"):
-            _require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)} must not be negative")
-        _require(
+            require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)} must not be negative")
+        require(
             self.batch_size % self.accumulation == 0,
             f"train.batch_size={self.batch_size} must be a multiple of accumulation={self.accumulation}",
         )
@@ -354,22 +351,22 @@ class RunConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)  # devices per axis, for example fsdp=4,expert=2
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.train.seq_len <= self.model.context,
             f"train.seq_len={self.train.seq_len} must not exceed model.context={self.model.context}",
         )
         micro = self.train.batch_size // self.train.accumulation
         ways = self.mesh.data * self.mesh.fsdp * self.mesh.expert
-        _require(
+        require(
             micro % ways == 0,
             f"train.batch_size/accumulation={micro} must be a multiple of the mesh's data*fsdp*expert={ways}",
         )
         if self.mesh.expert > 1:
-            _require(
+            require(
                 self.model.moe.n_experts > 0 and self.model.moe.n_experts % self.mesh.expert == 0,
                 f"moe.n_experts={self.model.moe.n_experts} must be divisible by mesh expert={self.mesh.expert}",
             )
-        _require(
+        require(
             self.model.n_kv_heads % self.mesh.tensor == 0,
             f"n_kv_heads={self.model.n_kv_heads} must be a multiple of mesh tensor={self.mesh.tensor}",
         )
@@ -392,14 +389,14 @@ def from_dict(cls: type[C], values: Any, path: str = "") -> C:
     Raises ConfigError on unknown, missing or mistyped keys, named by their path.
     """
     where = f"config key {path[:-1]!r}" if path else "the config"
-    _require(isinstance(values, dict), f"{where} must be an object, got {values!r}")
+    require(isinstance(values, dict), f"{where} must be an object, got {values!r}")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in values:
-        _require(key in fields, f"unknown config key {path + key!r}{nearest(key, fields)}")
+        require(key in fields, f"unknown config key {path + key!r}{nearest(key, fields)}")
     for name, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        _require(name in values or not required, f"config key {path + name!r} is missing")
+        require(name in values or not required, f"config key {path + name!r} is missing")
     return cls(**{key: _coerce(hints[key], value, path + key) for key, value in values.items()})
 
 
@@ -408,20 +405,20 @@ def _coerce(hint: Any, value: Any, path: str) -> Any:
         return from_dict(hint, value, path + ".")  # type: ignore[arg-type]
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
-        _require(
+        require(
             value in args,
             f"{path}={value!r} must be one of {', '.join(map(str, args))}{nearest(str(value), args)}",
         )
         return value
     if origin is tuple:
-        _require(isinstance(value, (list, tuple)), f"{path}={value!r} must be a list")
+        require(isinstance(value, (list, tuple)), f"{path}={value!r} must be a list")
         return tuple(_coerce(args[0], v, path) for v in value)
     if origin in (Union, types.UnionType):
         return None if value is None else _coerce(next(a for a in args if a is not type(None)), value, path)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        _require(abs(value) < 2**1023, f"{path} must be finite, got an integer of {value.bit_length()} bits")
+        require(abs(value) < 2**1023, f"{path} must be finite, got an integer of {value.bit_length()} bits")
         return float(value)
-    _require(
+    require(
         isinstance(value, hint) and not (hint is int and isinstance(value, bool)),
         f"{path}={value!r} must be of type {hint.__name__}",
     )

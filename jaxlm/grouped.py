@@ -35,9 +35,7 @@ from jaxlm.shapes import Float, Int
 Activation = Literal["swiglu", "gelu_erf", "gelu_tanh"]
 Backend = Literal["auto", "loop", "blocks", "batched", "sliced"]
 
-FEW_ROWS = 4  # assignments per expert, up to which padding costs more than small products
-FEW_TILES = (4, 2)
-CPU_TILES = (512, 128, 32, 8)  # rows; large tiles keep the cores busy, small ones pad less
+CPU_TILES = (512, 128, 32, 8, 4)  # rows; large tiles keep the cores busy, small ones pad less
 GPU_TILES = (256, 64, 16)
 GPU_CHUNK = 16  # tiles of one batched product; bounds the gathered weights and the gradients per tile
 SLICES = 16  # assignments that `auto` slices weights for at most: each product is compiled on its own
@@ -110,8 +108,6 @@ def expert_mlp(
         sizes, count = (CPU_TILES, 3) if backend == "blocks" else (GPU_TILES, 1)
         # Under two rows per expert, as in decoding, a product per row reads no more weights and pads nothing.
         tiles = tuple(t for t in sizes if t * weights.up.shape[0] <= 4 * ids.size)[:count] or (1,)
-        if backend == "blocks" and ids.size <= FEW_ROWS * weights.up.shape[0]:
-            tiles = FEW_TILES
     inputs = _vary_alike((x, weights, ids, combine, keep))
     return _grouped(_Plan(backend, activation, rate, tiles), *inputs)
 

@@ -258,13 +258,16 @@ def abstract_model(
     remat: str = "none",
 ) -> Abstract:
     """Builds the decoder for its shapes only, whatever its size."""
-    model = nnx.eval_shape(
-        lambda: Decoder(config, backends, rngs=nnx.Rngs(params=0), dtype=dtype, remat=remat)
-    )
-    graphdef, state = nnx.split(model, nnx.Param)
+    return abstract_of(lambda: Decoder(config, backends, rngs=nnx.Rngs(params=0), dtype=dtype, remat=remat))
+
+
+def abstract_of(make: Callable[[], nnx.Module]) -> Abstract:
+    """What `make` builds, for its shapes only; a parameter that names no axes has none."""
+    graphdef, state = nnx.split(nnx.eval_shape(make), nnx.Param)
     flat = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
     shapes = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in flat.items()}
-    return Abstract(graphdef, shapes, {path: leaf.get_metadata()["axes"] for path, leaf in flat.items()})
+    axes = {path: leaf.get_metadata().get("axes", (None,) * len(leaf.shape)) for path, leaf in flat.items()}
+    return Abstract(graphdef, shapes, axes)
 
 
 def init_params(config: ModelConfig, seed: int, dtype: DTypeLike = jnp.float32) -> Params:

@@ -35,7 +35,7 @@ from jax.typing import DTypeLike
 from jaxlm.config import ConfigError, InputError, ModelConfig, nearest
 from jaxlm.grouped import Activation, Backend, ExpertWeights, expert_mlp
 from jaxlm.layers import Backends, Linear, add_bias
-from jaxlm.model import Abstract, Decoder, Params, Split, abstract_model, merge_model
+from jaxlm.model import Abstract, Decoder, Params, Split, abstract_model, abstract_of, merge_model
 from jaxlm.moe import Experts
 from jaxlm.shapes import Float, Int
 
@@ -239,7 +239,9 @@ def quantize(model: Split, kind: str) -> Split:
         empty = {path: jnp.zeros(value.shape, value.dtype) for path, value in model.params.items()}
         return merge_model(model.graphdef, empty)
 
-    return Split(_abstract(decoder, kind).graphdef, _quantized(model.params, kind, None))
+    return Split(
+        abstract_of(lambda: _replace(decoder(), kind)).graphdef, _quantized(model.params, kind, None)
+    )
 
 
 def quantize_params(
@@ -275,7 +277,9 @@ def abstract_quantized(
 ) -> Abstract:
     """The quantised decoder for its shapes only, whatever its size; dtype: of what is not quantised. Not sharded."""
     _check_kind(kind)
-    return _abstract(lambda: Decoder(config, backends, rngs=nnx.Rngs(params=0), dtype=dtype), kind)
+    return abstract_of(
+        lambda: _replace(Decoder(config, backends, rngs=nnx.Rngs(params=0), dtype=dtype), kind)
+    )
 
 
 def errors(model: Split, quantized: Split) -> list[WeightError]:
@@ -290,14 +294,6 @@ def errors(model: Split, quantized: Split) -> list[WeightError]:
         after = sum(part.nbytes for part in stored if part is not None)
         found.append(WeightError(path, error, weight.nbytes, after))
     return found
-
-
-def _abstract(make: Callable[[], Decoder], kind: str) -> Abstract:
-    model = nnx.eval_shape(lambda: _replace(make(), kind))
-    graphdef, state = nnx.split(model, nnx.Param)
-    flat = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
-    shapes = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in flat.items()}
-    return Abstract(graphdef, shapes, {path: (None,) * len(leaf.shape) for path, leaf in flat.items()})
 
 
 def _replace(decoder: Decoder, kind: str) -> Decoder:

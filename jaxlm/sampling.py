@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from jaxlm.config import ConfigError, ModelConfig, nearest
+from jaxlm.config import ConfigError, ModelConfig, nearest, require
 
 EXTREME = 1e30  # of a setting: beyond it float32 has no room for what it makes of a logit
 LARGEST_EXPONENT = 80.0  # e to this power is a number in float32
@@ -62,31 +62,31 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "num_beams", "samples"):
-            _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         for name in ("top_k", "no_repeat_ngram"):
-            _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative; 0 = off")
-        _require(
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative; 0 = off")
+        require(
             1 / EXTREME <= self.temperature <= EXTREME,
             f"temperature={self.temperature} must be finite and above 0; greedy takes the most likely token",
         )
-        _require(0 < self.top_p <= 1, f"top_p={self.top_p} must be above 0 and at most 1; 1 = all tokens")
-        _require(0 <= self.min_p <= 1, f"min_p={self.min_p} must be between 0 and 1; 0 = all tokens")
-        _require(
+        require(0 < self.top_p <= 1, f"top_p={self.top_p} must be above 0 and at most 1; 1 = all tokens")
+        require(0 <= self.min_p <= 1, f"min_p={self.min_p} must be between 0 and 1; 0 = all tokens")
+        require(
             1 / EXTREME <= self.repetition_penalty <= EXTREME,
             f"repetition_penalty={self.repetition_penalty} must be finite and above 0; 1 = none",
         )
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
-            _require(abs(value) <= EXTREME, f"{name}={value} must be finite, at most {EXTREME:g} in size")
-        _require(
+            require(abs(value) <= EXTREME, f"{name}={value} must be finite, at most {EXTREME:g} in size")
+        require(
             abs(self.length_penalty) * math.log(self.max_new_tokens) < LARGEST_EXPONENT,
             f"length_penalty={self.length_penalty} must be finite, and {self.max_new_tokens} to its power too",
         )
-        _require(0 <= self.seed < 2**32, f"seed={self.seed} must be between 0 and {2**32 - 1}")
+        require(0 <= self.seed < 2**32, f"seed={self.seed} must be between 0 and {2**32 - 1}")
         if self.num_beams > 1:
             self._check_beams()
         elif self.greedy:
-            _require(
+            require(
                 self.samples == 1,
                 f"samples={self.samples} of one prompt would all be the same with greedy; ask for one",
             )
@@ -94,12 +94,12 @@ class Sampling:
     def _check_beams(self) -> None:
         neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
         for name, value in neutral.items():
-            _require(
+            require(
                 getattr(self, name) == value,
                 f"num_beams={self.num_beams} takes the likeliest answers, it does not sample: {name}="
                 f"{getattr(self, name)} contradicts it; leave one of the two out",
             )
-        _require(
+        require(
             self.samples <= self.num_beams,
             f"samples={self.samples} must not exceed num_beams={self.num_beams}: each beam gives one answer",
         )
@@ -124,7 +124,7 @@ def sampling(settings: dict[str, Any]) -> Sampling:
     """`Sampling(**settings)`. Raises ConfigError on a name that is no setting, with the nearest that is."""
     known = [f.name for f in dataclasses.fields(Sampling)]
     for name in settings:
-        _require(name in known, f"{name} is no setting of decoding{nearest(name, known)}")
+        require(name in known, f"{name} is no setting of decoding{nearest(name, known)}")
     return Sampling(**settings)
 
 
@@ -164,8 +164,3 @@ def cut(ids: list[int], stop: Sequence[int]) -> tuple[list[int], bool]:
     """The ids before the first stop id, and whether there is one."""
     end = next((i for i, token in enumerate(ids) if token in stop), None)
     return (ids, False) if end is None else (ids[:end], True)
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)

@@ -40,6 +40,7 @@ EXCEPTIONS: dict[str, str] = {
     "model.merge_model": "see model.Split",
     "model.Abstract": "shapes without memory, from which jax restores and shards",
     "model.abstract_model": "see model.Abstract",
+    "model.abstract_of": "see model.Abstract",
     "model.init_params": "parameters born inside jit, so that none is ever whole on one device",
     "cached.step": "what a traced loop over tokens contains; torch runs its steps one by one",
     "optim.as_arrays": "step-dependent scalars enter a jitted step as arrays",

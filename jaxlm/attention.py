@@ -172,7 +172,7 @@ def fast_attention(
     B, T, N, H = q.shape
     K, S = k.shape[2], k.shape[1]
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    # A kv head's group of queries are the rows of one product: no head of k or v is copied, nor a cache turned.
+    # A kv head's group of queries are the rows of one product: no head of k or v is repeated, nor a cache turned.
     q_BKPH = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
     scores = jnp.matmul(q_BKPH, k.transpose(0, 2, 3, 1), preferred_element_type=wide) / H**0.5
     scores = scores.reshape(B, N, T, S)

@@ -216,31 +216,56 @@ class ModelConfig:
 class DataConfig:
     """Where tokens come from."""
 
-    path: str = ""  # text, jsonl or parquet file, or a folder of them; '' = Python's standard library
+    path: str = (
+        ""  # text, jsonl or parquet: a file, folder or glob; or prepared data; '' = Python's standard library
+    )
+    mixture: tuple[str, ...] = ()  # FOLDER=WEIGHT of prepared data, instead of path; the weights sum to 1
     column: str = "text"  # key of the text in jsonl and parquet
     tokenizer: str = "train"  # train = BPE on the corpus; a tokenizer.json; gpt2, cl100k_base, o200k_base
     val_fraction: float = 0.05  # documents held out (sources under 20 documents: last share of tokens)
     cache: str = ""  # folder of the tokenised shards; '' = inside the run directory
     shuffle: bool = True  # shuffled windows; False = corpus order
+    stride: int = 0  # tokens from one window's start to the next; 0 = seq_len, no overlap
+    packing: bool = False  # documents of a window do not see each other, and positions restart with each
+    verify: Literal["quick", "full"] = (
+        "quick"  # at start: size, time and a sample of each shard; or every byte
+    )
 
     def __post_init__(self) -> None:
         require(0 < self.val_fraction < 1, f"data.val_fraction={self.val_fraction} must be between 0 and 1")
+        require(0 <= self.stride < _LARGEST, f"data.stride={self.stride} must not be negative")
+        require(
+            not (self.path and self.mixture),
+            f"data.path={self.path!r} and data.mixture={self.mixture} exclude each other; give one",
+        )
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, its schedule and what is added to the loss."""
+    """Optimizer, its schedule and what is added to the loss."""
 
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"  # muon: matrices by Muon, the rest by AdamW
     lr: float = 3e-4  # peak learning rate
     min_lr: float = 3e-5  # learning rate at the end of the decay
     warmup_steps: int = 100  # linear warmup: step s (from 0) has lr (s+1)/warmup_steps
     decay_steps: int = 0  # steps until min_lr; 0 = train.steps of the first start
-    schedule: Literal["cosine", "constant"] = "cosine"  # shape of the learning rate after the warmup
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"  # learning rate after the warmup
+    wsd_decay: float = (
+        0.2  # wsd (warmup, stable, decay): share of decay_steps that the closing linear decay takes
+    )
     b1: float = 0.9  # decay of the first moment
     b2: float = 0.95  # decay of the second moment
     eps: float = 1e-8  # added to the root of the second moment
+    moment_dtype: Literal["same", "bfloat16"] = "same"  # of moments and momentum; same = that of the weights
+    muon_momentum: float = 0.95  # muon: decay of the momentum
+    muon_nesterov: bool = True  # muon: look one step ahead
+    muon_steps: int = 5  # muon: Newton-Schulz iterations
+    muon_scale: Literal["match_rms", "original"] = (
+        "match_rms"  # muon: 0.2 sqrt(max(in, out)), so that AdamW's lr fits
+    )
     weight_decay: float = 0.1  # decoupled, times the learning rate
     decay: Literal["matrices", "matrices_and_embeddings"] = "matrices"  # never norms and biases
+    policy: tuple[str, ...] = ()  # REGEX:KEY=VALUE[,…] by parameter path; keys lr, decay (factors), optimizer
     clip_norm: float = 1.0  # largest gradient norm; 0 = no clipping
     z_loss_coef: float = 0.0  # weight of mean(logsumexp(logits)^2)
 
@@ -249,10 +274,14 @@ class OptimConfig:
         require(self.lr > 0, f"optim.lr={self.lr} must be positive")
         require(0 <= self.min_lr <= self.lr, f"optim.min_lr={self.min_lr} must be between 0 and lr={self.lr}")
         require(0 <= self.b1 < 1 and 0 <= self.b2 < 1, f"optim.b1={self.b1}, b2={self.b2} must be in [0, 1)")
+        momentum = self.muon_momentum
+        require(0 <= momentum < 1, f"optim.muon_momentum={momentum} must be in [0, 1)")
         require(self.eps > 0, f"optim.eps={self.eps} must be positive")
+        require(0 < self.wsd_decay <= 1, f"optim.wsd_decay={self.wsd_decay} must be in (0, 1]")
+        require(self.muon_steps > 0, f"optim.muon_steps={self.muon_steps} must be positive")
         for name in ("warmup_steps", "decay_steps", "weight_decay", "clip_norm", "z_loss_coef"):
             require(getattr(self, name) >= 0, f"optim.{name}={getattr(self, name)} must not be negative")
-        if self.schedule == "cosine" and self.decay_steps:
+        if self.schedule != "constant" and self.decay_steps:
             require(
                 self.warmup_steps <= self.decay_steps,
                 f"optim.warmup_steps={self.warmup_steps} must not exceed decay_steps={self.decay_steps}",
@@ -297,7 +326,8 @@ class MeshConfig:
         return ",".join(f"{k}={v}" for k, v in dataclasses.asdict(self).items() if v > 1) or "data=1"
 
 
-Dtype = Literal["float32", "bfloat16", "float64"]
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+ParamDtype = Literal["float32", "bfloat16", "float64"]
 
 
 @dataclass(frozen=True)
@@ -308,21 +338,34 @@ class TrainConfig:
     batch_size: int = 8  # sequences per optimizer step, over all devices
     seq_len: int = 256  # T, tokens per sequence
     accumulation: int = 1  # micro-batches an optimizer step is split into
-    dtype: Dtype = "float32"  # of the computation
-    param_dtype: Dtype = "float32"  # of the master weights and moments
-    remat: Literal["none", "block"] = "none"  # block = recompute each block in the backward pass
+    dtype: Dtype = "float32"  # of the computation; float16 scales the loss dynamically
+    param_dtype: ParamDtype = "float32"  # of the master weights and moments
+    remat: Literal["none", "dots", "block"] = (
+        "none"  # recompute in the backward pass: all but matmuls; whole blocks
+    )
     seed: int = 0  # of initialisation, data order and dropout
     log_every: int = 1  # steps between lines of metrics.jsonl
     eval_every: int = 0  # steps between validations; 0 = a tenth of the steps
     eval_batches: int = 20  # batches of a validation
     save_every: int = 0  # steps between checkpoints; 0 = with every validation
     keep: int = 2  # newest checkpoints kept, beside the best
-    plots: bool = True  # draw plots/*.png at checkpoints
+    disk_full: Literal["continue", "stop"] = (
+        "continue"  # when a checkpoint finds no room: warn and train on, or stop
+    )
+    max_skips: int = 5  # updates skipped in a row (loss or gradient not finite, spikes) before the run stops
+    spike_z: float = (
+        0.0  # skip updates whose loss or gradient norm is so many deviations above recent ones; 0 = never
+    )
+    spike_window: int = 128  # recent steps that spikes are judged by
+    loss_scale: float = 65536.0  # float16: first factor on the loss; an overflow halves it
+    loss_scale_steps: int = 2000  # float16: steps without overflow after which it doubles
+    plots: bool = True  # draw plots/ at checkpoints
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "seq_len", "accumulation", "log_every", "eval_batches", "keep"):
+        positive = ("steps", "batch_size", "seq_len", "accumulation", "log_every", "eval_batches", "keep")
+        for name in (*positive, "max_skips", "spike_window", "loss_scale", "loss_scale_steps"):
             require(getattr(self, name) > 0, f"train.{name}={getattr(self, name)} must be positive")
-        for name in ("eval_every", "save_every", "seed"):
+        for name in ("eval_every", "save_every", "seed", "spike_z"):
             require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)} must not be negative")
         require(
             self.batch_size % self.accumulation == 0,
@@ -341,6 +384,16 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class LogConfig:
+    """What a run says of itself, and where besides metrics.jsonl; may change when a run goes on."""
+
+    details: bool = True  # norms and update ratios by group, entropies of logits and routers
+    tensorboard: bool = False  # write tensorboard/ (needs jaxlm[tensorboard])
+    wandb: Literal["off", "offline", "online"] = "off"  # Weights & Biases (needs jaxlm[wandb])
+    wandb_project: str = "jaxlm"  # its project
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A whole run; what `config.json` of a run directory holds."""
 
@@ -349,6 +402,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)  # optimizer and schedule
     train: TrainConfig = field(default_factory=TrainConfig)  # the loop
     mesh: MeshConfig = field(default_factory=MeshConfig)  # devices per axis, for example fsdp=4,expert=2
+    log: LogConfig = field(default_factory=LogConfig)  # metrics and where they go
 
     def __post_init__(self) -> None:
         require(
@@ -369,6 +423,11 @@ class RunConfig:
         require(
             self.model.n_kv_heads % self.mesh.tensor == 0,
             f"n_kv_heads={self.model.n_kv_heads} must be a multiple of mesh tensor={self.mesh.tensor}",
+        )
+        stride = self.data.stride
+        require(
+            stride <= self.train.seq_len,
+            f"data.stride={stride} must not exceed train.seq_len={self.train.seq_len}: tokens between would be lost",
         )
 
 

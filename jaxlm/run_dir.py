@@ -28,7 +28,11 @@ MAY_CHANGE = (
     "train.save_every",
     "train.keep",
     "train.plots",
+    "train.disk_full",
+    "train.max_skips",
+    "data.verify",
     "mesh",
+    "log",
 )
 
 

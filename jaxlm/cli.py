@@ -10,12 +10,15 @@ import io
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from jaxlm.config import ConfigError, InputError, MeshConfig, nearest
 
 A = TypeVar("A")
+WORKER = "JAXLM_WORKER"  # variable in which a supervising parent tells a process what it is
+CRASHED = 70  # exit code of a supervised process that ended with an exception nobody expected
 _ORDINARY = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS} | {
     errno.ENAMETOOLONG,
     errno.EISDIR,
@@ -31,6 +34,8 @@ def say(text: str) -> None:
 def main_guard(main: Callable[[list[str]], int | None], failures: tuple[type[Exception], ...] = ()) -> None:
     """Runs an entry point and exits: bad input is one line and 2, one of `failures` 1, an interrupt 130."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if WORKER in os.environ:
+        _supervised(main, failures)
     try:
         sys.exit(main(sys.argv[1:]) or 0)
     except InputError as error:
@@ -48,6 +53,25 @@ def main_guard(main: Callable[[list[str]], int | None], failures: tuple[type[Exc
         fail(f"{error.filename or 'output'}: {error.strerror}")
     except KeyboardInterrupt:
         leave(130)
+
+
+def _supervised(main: Callable[[list[str]], int | None], failures: tuple[type[Exception], ...]) -> None:
+    """A process among several: it ends at once, never waiting at exit for peers that may wait for it."""
+    code = CRASHED
+    try:
+        code = main(sys.argv[1:]) or 0
+    except (InputError, *failures) as error:
+        print(f"error: {readable(str(error))}", file=sys.stderr, flush=True)
+        code = 2 if isinstance(error, InputError) else 1
+    except BaseException:
+        with os.fdopen(
+            os.dup(2), "w"
+        ) as log:  # its parent names the process; the traceback stands in its log
+            traceback.print_exc(file=log)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
 
 
 def leave(code: int) -> None:

@@ -64,14 +64,15 @@ SHARED_WITH_TORCHREF = {
     "sampling",
     "text",
     "windows",
+    "supervise",
 }
 FRAMEWORKS = {"jax", "jaxlib", "flax", "optax", "orbax", "torch", "transformers"}
 # A room imports from its own row or a row above it.
 ORDER = [
     {"config", "shapes", "json_file"},
-    {"presets", "tokenizer", "rope_table", "count", "cli", "tensor_file", "sampling"},
+    {"presets", "tokenizer", "rope_table", "count", "cli", "supervise", "tensor_file", "sampling"},
     {"data", "text", "chat", "windows"},
-    {"sharding"},
+    {"sharding", "distributed"},
     {"layers"},
     {"grouped"},
     {"attention", "moe"},

@@ -52,6 +52,9 @@ FRAMEWORK_FREE = {
     "text",
     "chat",
     "windows",
+    "supervise",
+    "estimate",
+    "devices",
     "data.corpus",
     "data.shards",
 }
@@ -64,13 +67,12 @@ SHARED_WITH_TORCHREF = {
     "sampling",
     "text",
     "windows",
-    "supervise",
 }
 FRAMEWORKS = {"jax", "jaxlib", "flax", "optax", "orbax", "torch", "transformers"}
 # A room imports from its own row or a row above it.
 ORDER = [
     {"config", "shapes", "json_file"},
-    {"presets", "tokenizer", "rope_table", "count", "cli", "supervise", "tensor_file", "sampling"},
+    {"presets", "tokenizer", "rope_table", "count", "cli", "supervise", "tensor_file", "sampling", "devices"},
     {"data", "text", "chat", "windows"},
     {"sharding", "distributed"},
     {"layers"},
@@ -80,7 +82,16 @@ ORDER = [
     {"loss", "logits", "cached", "generate", "beam", "quant", "evaluate", "finetune.lora"},
     {
         "optim",
+        "muon",
+        "moments8",
+        "guard",
+        "vitals",
+        "estimate",
+        "hlo",
+        "sinks",
+        "reporter",
         "checkpoint",
+        "checkpoint_files",
         "metrics",
         "perplexity",
         "plots",

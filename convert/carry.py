@@ -10,7 +10,7 @@ from convert.specials import GENERATION, SETTINGS, TEMPLATE
 from convert.targets import Target
 from jaxlm import model_dir
 from jaxlm.config import ConfigError, InputError, ModelConfig
-from jaxlm.tokenizer import Tokenizer, TokenizerError
+from jaxlm.tokenizer import Tokenizer, TokenizerError, template_file
 
 
 def keep(target: Target, out: Path, dtype: str, with_tokenizer: bool) -> tuple[str, ...]:
@@ -75,7 +75,7 @@ def _keep_config(target: Target, raw: dict[str, Any], dtype: str, path: Path) ->
 
 
 def _keep_tokenizer(target: Target, out: Path) -> tuple[str, ...]:
-    """Copies tokenizer.json as it is, whoever can read it."""
+    """Copies tokenizer.json as it is, whoever can read it, and the chat template that belongs to it."""
     require_vocabulary(target, target.config)
     if target.foreign is not None and target.foreign.tokenizer is not None:
         target.foreign.tokenizer.save(out / TOKENIZER)
@@ -84,6 +84,8 @@ def _keep_tokenizer(target: Target, out: Path) -> tuple[str, ...]:
     found = target.contents.carried.get(TOKENIZER) or folder / TOKENIZER
     if found.is_file():
         shutil.copyfile(found, out / TOKENIZER)
+        if TOKENIZER not in target.contents.carried and template_file(found).is_file():
+            shutil.copyfile(template_file(found), template_file(out / TOKENIZER))
         return ()
     if set(VOCABULARY) & target.contents.carried.keys():
         return (

@@ -17,6 +17,7 @@ import numpy as np
 from convert.gguf_header import Value
 from convert.specials import Specials, of_tokenizer
 from jaxlm.tokenizer import GPT2_PATTERN, PATTERN, Tokenizer, TokenizerError
+from jaxlm.tokenizer_bytes import ByteLevel
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -45,6 +46,8 @@ def _pattern(facts: Mapping[str, Any]) -> str:
 def refused_tokenizer(tokenizer: Tokenizer, vocab_size: int, specials: Specials | None = None) -> list[str]:
     """Why llama.cpp would not give the same ids, one line each; empty where it does."""
     facts, problems = _facts(tokenizer), []
+    if not isinstance(tokenizer.codec, ByteLevel):
+        return ["tokenizer: it is no byte-level BPE, and llama.cpp has none that decomposes letters (NFD)"]
     if tokenizer.vocab_size > vocab_size:
         problems.append(f"tokenizer: {tokenizer.vocab_size} tokens in a model of vocab_size={vocab_size}")
     pattern, vocab = _pattern(facts), facts["model"]["vocab"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxlm.chat import chatml
+from jaxlm.chat import Chat, chatml
 from jaxlm.json_file import read_object
 from jaxlm.tokenizer import Tokenizer, TokenizerError
 
@@ -41,13 +41,22 @@ class Specials:
 
 
 def of_tokenizer(tokenizer: Tokenizer) -> Specials:
-    """Of a tokenizer made here: its own names; a turn's end ends an answer too."""
-    end = None
+    """Of a tokenizer made here: its own names and template; a turn's end ends an answer too."""
+    template, end = tokenizer.chat_template, None
+    if template is not None:
+        end = Chat.of(
+            tokenizer, template, bos=tokenizer.bos_id, eos=tokenizer.eos_id, pad=tokenizer.pad_id
+        ).end
+        return Specials(tokenizer.bos_id, _ends(tokenizer, end), tokenizer.pad_id, template)
     with contextlib.suppress(TokenizerError):
         tokenizer.special_id("<|im_start|>")
         end = tokenizer.special_id("<|im_end|>")
-    eos = tuple(dict.fromkeys(i for i in (tokenizer.eos_id, end) if i is not None))
-    return Specials(tokenizer.bos_id, eos, tokenizer.pad_id, None if end is None else chatml())
+    template = None if end is None else chatml()
+    return Specials(tokenizer.bos_id, _ends(tokenizer, end), tokenizer.pad_id, template)
+
+
+def _ends(tokenizer: Tokenizer, turn: int | None) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(i for i in (tokenizer.eos_id, turn) if i is not None))
 
 
 def of_files(raw: Mapping[str, Any] | None, carried: Mapping[str, Path]) -> Specials | None:

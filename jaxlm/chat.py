@@ -8,13 +8,16 @@ one that Hugging Face's templates are written for: blocks leave no white space, 
 import datetime
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxlm.config import ConfigError
+from jaxlm.config import ConfigError, nearest
 from jaxlm.text import require_utf8
-from jaxlm.tokenizer import Tokenizer, TokenizerError
+from jaxlm.tokenizer import SPECIAL_TOKENS, Tokenizer, TokenizerError
+from jaxlm.tokenizer_base import UNUSED
 
 if TYPE_CHECKING:
     import jinja2
@@ -24,7 +27,11 @@ Message = Mapping[str, Any]  # role: system, user or assistant; content: text; m
 # How the two tokens of ChatML may be spelled.
 TURNS = (("<|im_start|>", "<|im_end|>"), ("<im_start>", "<im_end>"), ("im_start", "im_end"))
 THOUGHTS = ("<think>", "<|think|>")  # likewise, of the token that opens a thought
+# What an assistant may write as tokens in the middle of its turn.
+_THOUGHT = re.compile(r"(<think>|</think>|<\|think\|>|<\|/think\|>|</\|think\|>)")
+_WORD = re.compile(r"[\w-]+")
 _PROBE = "qwxz"  # content that no template writes of itself
+_PRIVATE = 0xF0000  # first of 65,534 characters that mean nothing (Unicode's plane 15)
 
 
 def chatml(start: str = "<|im_start|>", end: str = "<|im_end|>") -> str:
@@ -38,14 +45,66 @@ def chatml(start: str = "<|im_start|>", end: str = "<|im_end|>") -> str:
     )
 
 
-def template_for(tokenizer: Tokenizer, stored: str | None = None) -> str:
-    """The template that a model's files hold, or ChatML where the tokenizer has its tokens.
+# Llama 3 (its model card's prompt format): bos, then each message behind a header, without white space around it.
+LLAMA3 = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
+    "{{ message['content'] | trim + '<|eot_id|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
+NAMED_TEMPLATES = {"chatml": chatml(), "llama3": LLAMA3}
+_MARK = re.compile(r"<\|[^|<>\s]+\|>")  # how special tokens are spelled in templates
+
+
+def open_template(spec: str) -> str:
+    """The template that `spec` means: chatml, llama3, or a file of Jinja.
 
     Raises:
-        ConfigError: neither.
+        ConfigError: it is none of these, cannot be read, is not valid, or cannot write a question and its answer.
+    """
+    if spec in NAMED_TEMPLATES:
+        return NAMED_TEMPLATES[spec]
+    path = Path(spec)
+    if not path.is_file():
+        known = ", ".join(NAMED_TEMPLATES)
+        raise ConfigError(
+            f"chat template {spec!r} is neither a file nor one of {known}{nearest(spec, NAMED_TEMPLATES)}"
+        )
+    try:
+        template = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise ConfigError(f"chat template {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"chat template {path} is not UTF-8: {error.reason}") from None
+    try:
+        text = render(template, [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}])
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if _PROBE not in text:
+        raise ConfigError(f"{path}: the chat template leaves out what the assistant says; is it one?")
+    return template
+
+
+def special_tokens(template: str, more: Sequence[str] = ()) -> tuple[str, ...]:
+    """The special tokens to train a tokenizer with: bos, eos, pad, those of the form `<|name|>` that the template
+    writes, `<think>` and `</think>`, and `more`.
+    """
+    thoughts = [token for token in SPECIAL_TOKENS if "think" in token]
+    return tuple(dict.fromkeys((*SPECIAL_TOKENS[:3], *_MARK.findall(template), *thoughts, *more)))
+
+
+def template_for(tokenizer: Tokenizer, stored: str | None = None) -> str:
+    """The template that a model's files hold, or the tokenizer's own, or ChatML where the tokenizer has its tokens.
+
+    Raises:
+        ConfigError: none of these.
     """
     if stored is not None:
         return stored
+    if tokenizer.chat_template is not None:
+        return tokenizer.chat_template
     for start, end in TURNS:
         if _is_special(tokenizer, start) and _is_special(tokenizer, end):
             return chatml(start, end)
@@ -84,6 +143,95 @@ def render(
         ) from None
     except Exception as error:  # whatever a foreign program does wrong is the same to whoever called it
         raise ConfigError(f"the chat template cannot write this conversation: {_line(error)}") from None
+
+
+def encode_conversation(
+    tokenizer: Tokenizer, template: str, messages: Sequence[Message], add_generation_prompt: bool = False
+) -> list[int]:
+    """Ids of a conversation to learn from: special tokens where the template writes them, nowhere else.
+
+    What is said is data: `<|im_end|>` in a message stays those characters. Only an assistant's own thought tokens,
+    `<think>` and `</think>`, are tokens in its messages. Where no message holds a special token's text, these are the
+    ids of `render` and `encode(special=True)`, and of transformers' `apply_chat_template`.
+
+    While the template runs, each character with which a special token begins is replaced in the messages by one that
+    stands nowhere else, so that a message cannot complete a token whatever the template puts together. A template
+    that looks for such a text in a message will not find it.
+
+    Args:
+        template: Jinja.
+        add_generation_prompt: whether what opens the assistant's turn is put at the end.
+
+    Raises:
+        ConfigError: as `render`, a role is no plain word, or the conversation is not valid UTF-8.
+    """
+    borders, firsts = _borders(tokenizer)
+    hidden = _stand_ins(firsts, template, messages)
+    chat = Chat.of(tokenizer, template, bos=tokenizer.bos_id, eos=tokenizer.eos_id, pad=tokenizer.pad_id)
+    text = chat.text([_masked(message, hidden) for message in messages], add_generation_prompt)
+    require_utf8(text, "the conversation")
+    shown = {stand_in: first for first, stand_in in hidden.items()}
+    ids: list[int] = []
+    for n, part in enumerate(borders.split(text)):
+        if n % 2:
+            ids.append(tokenizer.specials[part])
+        elif part:
+            ids += tokenizer.encode(_swapped(part, shown))
+    return ids
+
+
+@functools.lru_cache(maxsize=8)
+def _borders(tokenizer: Tokenizer) -> tuple[re.Pattern[str], str]:
+    """What finds special tokens in a text, the longest first, and the characters with which they begin.
+
+    Those that stand for nothing are left out: there may be thousands, and each would be tried at every mark.
+    """
+    used = (text for text in tokenizer.specials if not UNUSED.fullmatch(text))
+    longest_first = sorted(used, key=len, reverse=True)
+    found = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+    return found, "".join(sorted({text[0] for text in longest_first}))
+
+
+def _stand_ins(firsts: str, template: str, messages: Sequence[Message]) -> dict[str, str]:
+    """{character: one that neither the template nor a message holds}."""
+    used = set(template).union(*(_characters(dict(message)) for message in messages))
+    free = (c for code in range(_PRIVATE, _PRIVATE + 65_534) if (c := chr(code)) not in used)
+    return {first: next(free) for first in firsts if first in used}
+
+
+def _characters(value: Any) -> set[str]:
+    if isinstance(value, Mapping):
+        return set().union(*(_characters(part) for pair in value.items() for part in pair))
+    if isinstance(value, list | tuple):
+        return set().union(*map(_characters, value))
+    return set(value) if isinstance(value, str) else set()
+
+
+def _masked(message: Message, hidden: Mapping[str, str]) -> dict[str, Any]:
+    """A message whose texts cannot begin a special token, but for an assistant's thought tokens."""
+    role = message.get("role")
+    if isinstance(role, str) and not _WORD.fullmatch(role):
+        raise ConfigError(f"the role {role!r} of a message is no plain word, such as user or assistant")
+    thinks = role == "assistant"
+
+    def name(key: Any) -> Any:  # of a field: what the template asks for stays
+        return key if _WORD.fullmatch(str(key)) else masked(key)
+
+    def masked(value: Any) -> Any:
+        if isinstance(value, str):
+            parts = _THOUGHT.split(value) if thinks else [value]
+            return "".join(part if n % 2 else _swapped(part, hidden) for n, part in enumerate(parts))
+        if isinstance(value, Mapping):
+            return {name(key): masked(part) for key, part in value.items()}
+        return [masked(part) for part in value] if isinstance(value, list | tuple) else value
+
+    return {key: value if key == "role" else masked(value) for key, value in message.items()}
+
+
+def _swapped(text: str, characters: Mapping[str, str]) -> str:
+    for old, new in characters.items():
+        text = text.replace(old, new)
+    return text
 
 
 def _line(error: Exception) -> str:

@@ -207,7 +207,7 @@ def test_llama_cpp_gives_our_token_ids(tmp_path, name):
         [random_text(rng, 200) for _ in range(200)] + ["x \n  y\n\n\n  z\t\t 's" * 20], 900
     )
     if name == "gpt2":
-        tokenizer = Tokenizer(GPT2_PATTERN, tokenizer._ranks, tokenizer._specials)
+        tokenizer = Tokenizer(GPT2_PATTERN, tokenizer.codec.ranks, tokenizer.specials)
     elif name == "unmerged":
         words = {
             w: 256 + i for i, w in enumerate([b"ab", b"xyz", b" return", b"\n\n\n", "你好".encode(), b"123"])

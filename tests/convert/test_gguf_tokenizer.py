@@ -73,7 +73,7 @@ def test_a_tokenizer_comes_back_with_the_same_ids(tokenizer, tmp_path):
 
 def test_gpt2s_kind_of_tokenizer_is_named_so(tokenizer, tmp_path):
     """One separator for both ends."""
-    published = Tokenizer(GPT2_PATTERN, tokenizer._ranks, {"<|endoftext|>": 333})
+    published = Tokenizer(GPT2_PATTERN, tokenizer.codec.ranks, {"<|endoftext|>": 333})
     reader = exported(tmp_path / "m.gguf", model(published.vocab_size), published)
     facts = {k.removeprefix("tokenizer.ggml."): f.contents() for k, f in reader.fields.items()}
     assert (facts["pre"], facts["bos_token_id"], facts["eos_token_id"]) == ("gpt-2", 333, 333)

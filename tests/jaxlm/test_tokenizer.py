@@ -136,7 +136,7 @@ def test_encoding_in_segments_changes_nothing(tokenizer, text, size):
     """Cuts lie where the pattern cuts anyway, for both supported patterns."""
     pieces = list(segments(text, size))
     assert "".join(pieces) == text
-    for t in (tokenizer, Tokenizer(GPT2_PATTERN, tokenizer._ranks, {})):
+    for t in (tokenizer, Tokenizer(GPT2_PATTERN, tokenizer.codec.ranks, {})):
         assert [i for piece in pieces for i in t.encode(piece)] == t.encode(text)
 
 
@@ -179,7 +179,7 @@ def test_training_and_saving_are_deterministic(tokenizer, tmp_path):
     assert open_tokenizer(str(tmp_path / "a.json")).n_unused == tokenizer.n_unused
     assert Tokenizer.train(TEXTS, 511).fingerprint() != tokenizer.fingerprint()
     assert (
-        Tokenizer(GPT2_PATTERN, tokenizer._ranks, tokenizer._specials).fingerprint()
+        Tokenizer(GPT2_PATTERN, tokenizer.codec.ranks, tokenizer.specials).fingerprint()
         != tokenizer.fingerprint()
     )
 
@@ -190,9 +190,9 @@ def test_published_patterns_keep_their_meaning_in_a_saved_file(tokenizer, tmp_pa
     """gpt2's regex as tiktoken has it, against the same tokenizer saved and opened by the other library."""
     from tiktoken_ext.openai_public import r50k_pat_str
 
-    published = Tokenizer(r50k_pat_str, tokenizer._ranks, {"<|endoftext|>": 511})
+    published = Tokenizer(r50k_pat_str, tokenizer.codec.ranks, {"<|endoftext|>": 511})
     assert published.eos_id == 511 and published.bos_id is None
-    assert published._pattern == GPT2_PATTERN
+    assert published.codec.pattern == GPT2_PATTERN
     other = tokenizers.Tokenizer.from_str(json.dumps(published._to_json()))
     other.encode_special_tokens = True
     assert published.encode(text) == other.encode(text).ids

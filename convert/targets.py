@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 TORCH_CHECKPOINTS = "checkpoints-torch"  # of a run that torchref trained: latest/ and best/
 OPTIMIZER, FACTS = "optimizer.safetensors", "training.json"
+OTHER_SLOTS = {"momentum_buffer", "exp_avg_codes", "exp_avg_sq_codes"}  # of Muon, and of AdamW in 8 bits
 Kind = Literal["run", "jaxlm", "torch", "hf", "gguf", "gptoss", "pt"]
 _EXPECTED = (
     "a target is a run, a model directory with config.json and model.safetensors (jaxlm, torchref or Hugging Face), "
@@ -304,16 +305,21 @@ def _open_single(path: Path, checkpoint: str, optimizer: bool) -> Target:
 
 def _of_run(run: RunConfig, directory: Path, which: str) -> Contents:
     """An orbax checkpoint on one device, whatever mesh saved it."""
+    import jax
+
     from jaxlm import optim
     from jaxlm.checkpoint import Checkpoints
     from jaxlm.engine import restore_state
 
     state, _ = restore_state(run, Checkpoints(directory), which)  # type: ignore[arg-type]
     adam = optim.moments(state.opt_state)
-    m, v, params = (
-        {path: Lazy.of(np.asarray(x), str(directory)) for path, x in part.items()}
-        for part in (adam.m, adam.v, state.params)
-    )
+    params = {path: Lazy.of(np.asarray(x), str(directory)) for path, x in state.params.items()}
+    wide = {path for path, x in adam.v.items() if isinstance(x, jax.Array)}
+    if wide != params.keys():
+        others = len(params) - len(wide)
+        note = f"{others} parameters have Muon's momentum or moments in 8 bits; no other format takes the optimizer"
+        return Contents(params, notes=(note,))
+    m, v = ({path: Lazy.of(np.asarray(x), str(directory)) for path, x in slot.items()} for slot in adam)
     return Contents(params, Moments(m, v, int(state.step)))
 
 
@@ -340,9 +346,11 @@ def _of_torch(path: Path, config: ModelConfig) -> Contents:
     def ours(part: Mapping[str, Lazy]) -> dict[str, Lazy]:
         return {name: stream.lazy(planned, str(path)) for name, planned in stream.here(pairs, part).items()}
 
-    tensors = ours(stored)
-    moments = _stored_moments(path, {"m": "exp_avg", "v": "exp_avg_sq"}, ours)
-    return Contents(tensors, moments, *kept(path))
+    tensors, slots = ours(stored), {"m": "exp_avg", "v": "exp_avg_sq"}
+    if others := _slots_of(path) & OTHER_SLOTS:
+        note = f"{OPTIMIZER} holds {', '.join(sorted(others))}; no other format takes the optimizer"
+        return Contents(tensors, None, *kept(path), notes=(note,))
+    return Contents(tensors, _stored_moments(path, slots, ours), *kept(path))
 
 
 def _of_pt(path: Path) -> Contents:
@@ -361,6 +369,12 @@ def _require_layers(config: ModelConfig, count: int, path: Path) -> None:
         raise TargetError(
             f"{path / CONFIG}: n_layers={config.n_layers}, but the files hold {count} tensors in all"
         )
+
+
+def _slots_of(path: Path) -> set[str]:
+    """What the optimizer of a model directory keeps of its parameters."""
+    stored = open_file(path / OPTIMIZER) if (path / OPTIMIZER).is_file() else {}
+    return {name.partition(":")[0] for name in stored}
 
 
 def _stored_moments(path: Path, slots: dict[str, str], ours: Any) -> Moments | None:

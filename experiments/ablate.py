@@ -27,10 +27,10 @@ import tyro
 from convert.targets import Target, open_target
 from experiments.ablation_report import REPORT, describe, show, write
 from experiments.cli import main_guard, parse, say
-from experiments.pretrain import Prepared, device_kind, prepare_data
+from experiments.pretrain import device_kind
 from jaxlm.config import ConfigError, MeshConfig, RunConfig, TrainConfig, nearest
-from jaxlm.data.corpus import open_corpus
-from jaxlm.data.loader import WindowSource
+from jaxlm.data.loader import count_windows
+from jaxlm.data.run_data import RunData, open_run_data
 from jaxlm.data.shards import open_shards
 from jaxlm.presets import PRESETS, preset
 from jaxlm.run_dir import RunDir, environment
@@ -112,7 +112,7 @@ def open_base(options: AblateOptions) -> Base:
             run = dataclasses.replace(run, optim=dataclasses.replace(run.optim, decay_steps=0))
         run = dataclasses.replace(run, train=dataclasses.replace(run.train, steps=options.steps))
     if options.data_path:
-        run = dataclasses.replace(run, data=dataclasses.replace(run.data, path=options.data_path))
+        run = dataclasses.replace(run, data=dataclasses.replace(run.data, path=options.data_path, mixture=()))
     return Base(dataclasses.replace(run, mesh=MeshConfig()), target)
 
 
@@ -145,19 +145,19 @@ def measure(
     ):
         data = texts(base, run, Path(folder))
         for variant in variants if options.steps != 0 else ():
-            WindowSource(data.train, variant.run.train.seq_len)  # refuses texts that are too short
+            count_windows(data.train[0], variant.run.train.seq_len)  # refuses texts that are too short
         if options.steps == 0:
             assert base.target is not None
             weights = base.target.params
-        validation = validation_batches(variants, data.val)
-        outcomes = run_variants(variants, validation, data.train, weights, say)
+        validation = validation_batches(variants, data.val[0])
+        outcomes = run_variants(variants, validation, data.train[0], weights, say)
         rows, columns = fixed_batch(validation[0], run.model.vocab_size)["inputs"].shape
         facts = {
             "data": {
                 "path": run.data.path,
                 "tokenizer": data.tokenizer.fingerprint(),
-                "train_tokens": len(data.train),
-                "val_tokens": len(data.val),
+                "train_tokens": len(data.train[0]),
+                "val_tokens": len(data.val[0]),
                 "validation_batches": len(validation),
                 "validation_sha256": fingerprint(validation),
                 "compared_tokens": [int(rows), int(columns)],
@@ -167,16 +167,18 @@ def measure(
     return outcomes, facts
 
 
-def texts(base: Base, run: RunConfig, folder: Path) -> Prepared:
+def texts(base: Base, run: RunConfig, folder: Path) -> RunData:
     """Tokenizer and shards: a run's own where it is varied on its own texts, else made anew in a folder."""
+    if run.data.mixture:
+        raise ConfigError("an ablation trains on one text, not on a mixture; give --data-path")
     if base.target is None:
-        return prepare_data(run, RunDir(folder), open_corpus(run.data.path, run.data.column), False)
+        return open_run_data(run, RunDir(folder), False, say)
     shards = Path(run.data.cache or base.target.path / "data")
     if base.target.run is not None and run.data == base.target.run.data and shards.is_dir():
         train, val = (open_shards(shards / split, run.model.vocab_size) for split in ("train", "val"))
-        return Prepared(base.target.tokenizer, train, val)
+        return RunData(base.target.tokenizer, (train,), (val,), (1.0,), (run.data.path,))
     base.target.tokenizer.save(RunDir(folder).tokenizer)
-    return prepare_data(run, RunDir(folder), open_corpus(run.data.path, run.data.column), True)
+    return open_run_data(run, RunDir(folder), True, say)
 
 
 if __name__ == "__main__":

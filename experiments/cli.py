@@ -9,15 +9,16 @@ import tyro
 from jaxlm import cli
 from jaxlm.cli import fail, need, parse, say
 from jaxlm.config import ConfigError, RunConfig
-from jaxlm.loop import DivergedError
+from jaxlm.loop import StoppedError
 from jaxlm.presets import PRESETS, preset
+from jaxlm.supervise import LaunchConfig
 
 __all__ = ["RunOptions", "fail", "main_guard", "need", "parse", "parse_run", "say"]
 
 
 def main_guard(main: Callable[[list[str]], int | None]) -> None:
-    """`jaxlm.cli.main_guard`, where a run that diverged exits with 1."""
-    cli.main_guard(main, failures=(DivergedError,))
+    """`jaxlm.cli.main_guard`, where a run that had to stop early exits with 1."""
+    cli.main_guard(main, failures=(StoppedError,))
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,9 @@ class RunOptions:
     resume: bool = (
         False  # continue from the newest checkpoint of the run directory, or start fresh if there is none
     )
+    profile: bool = False  # write a profiler's trace of steps 10 to 13 to profile/ of the run directory
     framework: Literal["jax", "torch"] = "jax"  # torch trains the twin on the same batches
+    launch: LaunchConfig = field(default_factory=LaunchConfig)  # several processes that train together
     preset: Annotated[str, tyro.conf.Suppress] = field(default="")
 
 

@@ -89,7 +89,7 @@ def train_gptoss(steps: int, batch_size: int, out: Path) -> dict[str, Any]:
     import numpy as np
 
     from jaxlm.count import flops_per_token
-    from jaxlm.data.loader import plain_batches
+    from jaxlm.data.loader import LoaderSettings, plain_batches
     from jaxlm.metrics import mfu, peak_flops
     from jaxlm.optim import as_arrays, scalars
     from jaxlm.presets import preset
@@ -99,7 +99,8 @@ def train_gptoss(steps: int, batch_size: int, out: Path) -> dict[str, Any]:
     optim = dataclasses.replace(run.optim, warmup_steps=20, decay_steps=max(steps, 20))
     train = dataclasses.replace(run.train, steps=steps, batch_size=batch_size, accumulation=1)
     run = dataclasses.replace(run, optim=optim, train=train)
-    batches = plain_batches(tokens_of_default_corpus(out, train.seq_len), train.seq_len, batch_size, 0, True)
+    stores = [tokens_of_default_corpus(out, train.seq_len)]
+    batches = plain_batches(stores, LoaderSettings(train.seq_len, batch_size, seed=0, shuffle=True))
     state, step = init_state(run), make_train_step(run)
     losses, seconds = [], []
     started = time.perf_counter()
@@ -135,7 +136,8 @@ def train_gptoss(steps: int, batch_size: int, out: Path) -> dict[str, Any]:
 def tokens_of_default_corpus(out: Path, seq_len: int) -> Any:
     """The standard library, tokenised by a vocabulary trained on it here."""
     from jaxlm.data.corpus import open_corpus
-    from jaxlm.data.shards import open_shards, prepare
+    from jaxlm.data.prepare import prepare
+    from jaxlm.data.shards import open_shards
     from jaxlm.tokenizer import Tokenizer
 
     corpus = open_corpus("", "text")

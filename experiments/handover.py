@@ -1,4 +1,4 @@
-"""Where a resumed run goes on: from the newest checkpoint, whichever framework wrote it.
+"""Where a resumed run goes on: from the newest whole checkpoint, whichever framework wrote it.
 
 A checkpoint of the other framework is converted on the way, weights, AdamW moments, step and seed bit for bit; what was
 saved beside it (data position, best validation loss) is the same in both.
@@ -10,7 +10,8 @@ from typing import Any
 
 from convert.targets import TORCH_CHECKPOINTS
 from experiments.cli import need, say
-from jaxlm.config import RunConfig
+from jaxlm.checkpoint_files import DamagedError
+from jaxlm.config import InputError, RunConfig
 from jaxlm.run_dir import RunDir
 
 CHECKPOINTS = {"jax": "checkpoints", "torch": TORCH_CHECKPOINTS}  # folders of a run directory
@@ -18,43 +19,55 @@ OTHER = {"jax": "torch", "torch": "jax"}
 
 
 def resume(run: RunConfig, directory: RunDir, engine: Any, framework: str) -> dict[str, Any] | None:
-    """Restores an engine from the run's newest checkpoint; of equal steps, from its own framework's.
+    """Restores an engine from the run's newest whole checkpoint; of equal steps, from its own framework's.
 
-    Returns what was saved beside the state, None where the run has no checkpoint. Raises InputError, one line or a
-    line per tensor, where the checkpoint is damaged or of another model.
+    Damaged ones that are newer are named in a line each. Returns what was saved beside the state, None where the run
+    has no checkpoint. Raises InputError where none is whole, or one is of another model (a line per tensor).
     """
     other = OTHER[framework]
-    folder, mine = directory.path / CHECKPOINTS[other], engine.latest_step
-    theirs = latest_step(folder, other) if folder.is_dir() else None
-    if theirs is not None and (mine is None or theirs > mine):
-        say(f"continuing from the {other} checkpoint of step {theirs}")
-        return {"torch": _from_torch, "jax": _from_jax}[other](run, folder, engine)
-    return None if mine is None else engine.restore("latest")
+    folder = directory.path / CHECKPOINTS[other]
+    own = [(step, True, which) for step, which in engine.candidates]
+    foreign = [(step, False, which) for step, which in candidates(folder, other)] if folder.is_dir() else []
+    damages: list[str] = []
+    for step, is_own, which in sorted(own + foreign, key=lambda found: found[:2], reverse=True):
+        try:
+            extra = engine.restore(which) if is_own else _FROM[other](run, folder, engine, which)
+        except DamagedError as damage:
+            damages.append(str(damage))
+            continue
+        for damage in damages:
+            say(f"warning: {damage}; going on from step {step:.0f}")
+        if not is_own:
+            say(f"continuing from the {other} checkpoint of step {step:.0f}")
+        return extra
+    if damages:
+        raise InputError(f"{directory.path} has no whole checkpoint: {'; '.join(damages)}")
+    return None
 
 
-def latest_step(folder: Path, framework: str) -> int | None:
-    """Step of the newest checkpoint in a framework's folder, None without one."""
+def candidates(folder: Path, framework: str) -> list[tuple[float, Any]]:
+    """(step, what its reader calls it) of every checkpoint in a framework's folder, damaged ones included."""
     if framework == "torch":
         need("torch")
-        from torchref.checkpoint import latest_step as torch_step
+        from torchref.checkpoint import candidates as of_torch
 
-        return torch_step(folder)
+        return of_torch(folder)
     from jaxlm.checkpoint import Checkpoints
 
-    return Checkpoints(folder).latest_step
+    return [(step, step) for step in Checkpoints(folder).numbers]
 
 
-def _from_torch(run: RunConfig, folder: Path, engine: Any) -> dict[str, Any]:
+def _from_torch(run: RunConfig, folder: Path, engine: Any, which: str) -> dict[str, Any]:
     from convert.optstate import train_state_to_jax
     from torchref.checkpoint import load_training
     from torchref.train import init_state
 
-    state, extra = load_training(init_state(run), folder / "latest")
+    state, extra = load_training(init_state(run), folder / which)
     engine.adopt(train_state_to_jax(run, state, engine.mesh))
     return extra
 
 
-def _from_jax(run: RunConfig, folder: Path, engine: Any) -> dict[str, Any]:
+def _from_jax(run: RunConfig, folder: Path, engine: Any, which: int) -> dict[str, Any]:
     import jax
 
     if not os.environ.get("JAX_PLATFORMS"):
@@ -63,6 +76,9 @@ def _from_jax(run: RunConfig, folder: Path, engine: Any) -> dict[str, Any]:
     from jaxlm.checkpoint import Checkpoints
     from jaxlm.engine import restore_state
 
-    state, extra = restore_state(run, Checkpoints(folder), "latest")
+    state, extra = restore_state(run, Checkpoints(folder), which)
     engine.adopt(train_state_to_torch(run, state, engine.backends, engine.device))
     return extra
+
+
+_FROM = {"torch": _from_torch, "jax": _from_jax}

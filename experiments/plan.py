@@ -1,12 +1,15 @@
-"""Says what a training step or decoding needs on H200s before anyone rents one, by compiling it without a GPU.
+"""Says what a training run or decoding needs before anyone rents a GPU: memory, time, tokens, disk, collectives.
 
-    python -m experiments.plan gptoss --train.batch-size 16 --train.accumulation 1
-    python -m experiments.plan gptoss --mesh fsdp=2,expert=2
+    python -m experiments.plan astragpt-7b --device h200 --mesh fsdp=8 --batch 16 --seq 2048 --train.accumulation 1
+    python -m experiments.plan gptoss --mesh fsdp=2,expert=4 --batch 64 --tokens 10e9 --mfu 0.35
     python -m experiments.plan astragpt-7b --decode --quant nf4 --slots 2048    (--decode --help lists its options)
 
-Needs jax's CUDA compiler plugin (jax-cuda13-plugin and jax-cuda13-pjrt of jax's version, installed with --no-deps).
+By arithmetic at first. Where jax's CUDA compiler plugin is installed (jax-cuda13-plugin and jax-cuda13-pjrt of jax's
+version, with --no-deps; no GPU is needed), the real step is compiled for the device, and the compiler's own figures
+stand beside. --batch and --seq are short for --train.batch-size and --train.seq-len.
 """
 
+import importlib.metadata
 import os
 import sys
 from dataclasses import dataclass
@@ -14,10 +17,25 @@ from typing import Annotated, Literal
 
 import tyro
 
-from experiments.cli import main_guard, parse, parse_run
-from jaxlm.config import ConfigError, ModelConfig
-from jaxlm.count import active_param_count, flops_per_token, param_count
+from jaxlm.cli import main_guard, parse
+from jaxlm.config import ConfigError, ModelConfig, RunConfig
+from jaxlm.count import active_param_count, param_count
+from jaxlm.estimate import USABLE, Device, budget, device, expected_collectives, memory
 from jaxlm.presets import PRESETS, preset
+
+SHORT = {"--batch": "--train.batch-size", "--seq": "--train.seq-len"}
+COMPILED_FOR = ("h200", "h100", "a100-80", "a100-40")
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Options of a plan for training."""
+
+    run: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]  # the run
+    device: str = "h200"  # h200, h100, h100-pcie, b200, a100-80, a100-40, l40s, l4, rtx4090
+    mfu: float = 0.4  # model FLOP utilisation that times are reckoned with
+    tokens: float = 0.0  # tokens of the run; 0 = train.steps batches
+    compile: Literal["auto", "yes", "no"] = "auto"  # compile the step; auto = where the plugin is there
 
 
 @dataclass(frozen=True)
@@ -34,25 +52,123 @@ def main(argv: list[str]) -> int:
     """Entry point; exit code 1 when the step does not fit."""
     if "--decode" in argv:
         return _decode([word for word in argv if word != "--decode"])
-    options = parse_run(argv, "python -m experiments.plan", __doc__ or "")
-    _platforms()
-    from jaxlm.plan import H200_BYTES, compile_step
+    name, options = _options(argv)
+    run, on = options.run, device(options.device)
+    tokens = int(options.tokens) or run.train.steps * run.train.batch_size * run.train.seq_len
+    fits = _tell(name, run, options, on, tokens)
+    wanted = options.compile == "yes" or (options.compile == "auto" and _has_compiler(options.device))
+    return 0 if (_tell_compiled(run, options.device, on) if wanted else fits) else 1
 
-    run = options.run
+
+def _options(argv: list[str]) -> tuple[str, PlanOptions]:
+    """The preset's name and what the command line makes of it. Raises ConfigError."""
+    names, prog = ", ".join(PRESETS), "python -m experiments.plan"
+    words = [_long(word) for word in argv]
+    wants_help = bool({"-h", "--help"} & set(words))
+    if words and not words[0].startswith("-"):
+        name, words = words[0], words[1:]
+    elif wants_help:
+        name = "quickstart"
+    else:
+        raise ConfigError(f"name a preset first: {prog} PRESET …; presets are {names}")
+    about = f"{__doc__}\n\nPRESET is one of {names}.\nDefaults shown below are those of {name}."
+    return name, parse(PlanOptions, words, f"{prog} PRESET", about, PlanOptions(preset(name)))
+
+
+def _long(word: str) -> str:
+    key, equals, value = word.partition("=")
+    return SHORT.get(key, key) + equals + value
+
+
+def _has_compiler(name: str) -> bool:
+    """Whether the step can be compiled for the device here; jax is not imported for the answer."""
+    try:
+        found = [importlib.metadata.version(each) for each in ("jax-cuda13-plugin", "jax-cuda13-pjrt", "jax")]
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return len(set(found)) == 1 and name in COMPILED_FOR
+
+
+def _tell(name: str, run: RunConfig, options: PlanOptions, on: Device, tokens: int) -> bool:
+    """Prints what arithmetic says; whether the step fits."""
+    one, cost, train = memory(run), budget(run, on, options.mfu, tokens), run.train
+    fits = one.peak <= USABLE * on.memory
     print(
-        f"{options.preset}: {param_count(run.model):,} parameters, {active_param_count(run.model):,} active"
+        f"{name} on {run.mesh.size} x {options.device} (mesh {run.mesh}), {cost.tokens_per_step:,} tokens per step "
+        f"in {train.accumulation} micro-batches, {train.dtype}, remat {train.remat}"
     )
-    print(f"{flops_per_token(run.model, run.train.seq_len) / 1e9:.3f} GFLOP per token in training")
-    compiled = compile_step(run)
-    tokens = run.train.batch_size * run.train.seq_len
+    print(f"  parameters   {param_count(run.model):,}, {active_param_count(run.model):,} active")
+    each = cost.flops_per_token / 1e9
     print(
-        f"{run.mesh.size} x H200 (mesh {run.mesh}), {tokens:,} tokens per step, {run.train.accumulation} micro-batches:"
+        f"  compute      {each:.3f} GFLOP per token: forward {each / 3:.3f}, backward {2 * each / 3:.3f} (causal)"
     )
-    print(f"  peak      {compiled.peak_bytes / 1e9:7.1f} GB of {H200_BYTES / 1e9:.0f} per device")
-    print(f"  state     {compiled.state_bytes / 1e9:7.1f} GB (weights and moments, divided evenly)")
-    print(f"  temporary {compiled.temporary_bytes / 1e9:7.1f} GB")
-    print("  collectives: " + (", ".join(f"{k} {n}" for k, n in compiled.collectives.items() if n) or "none"))
-    return 0 if compiled.peak_bytes <= H200_BYTES else 1
+    print(
+        f"  memory       {_gb(one.peak)} of {on.memory / 1e9:.0f} GB per device: "
+        + ("fits" if fits else f"does NOT fit ({USABLE:.0%} is usable)")
+    )
+    for label, size in (
+        ("weights", one.weights),
+        ("moments", one.moments),
+        ("gradients", one.gradients),
+        (f"{train.dtype} copy", one.copies),
+        ("activations", one.activations),
+        ("logits", one.logits),
+    ):
+        print(f"    {label:<18}{_gb(size)}")
+    print(
+        f"    at the last block's gradient {_gb(one.backward)}, at the update {_gb(one.update)}, besides the state"
+    )
+    if cost.tokens_per_second is None or cost.hours is None:
+        print(f"  time         not known in {train.dtype}: the peak of {options.device} is that of bfloat16")
+    else:
+        print(
+            f"  time         {cost.tokens_per_second:,.0f} tokens/s at {options.mfu:.0%} MFU, "
+            f"{cost.hours:,.1f} hours for {tokens:,} tokens"
+        )
+    sparse = " active" if run.model.moe.n_experts else ""
+    print(
+        f"  optimum      {cost.optimal_tokens / 1e9:,.1f} G tokens: 20 per{sparse} parameter (arXiv:2203.15556)"
+    )
+    print(
+        f"  disk         {_gb(cost.disk)}: {train.keep} newest checkpoints and the best, {_gb(cost.checkpoint)} each; "
+        "one more while it is written"
+    )
+    expected = expected_collectives(run)
+    print("  collectives  " + ("none" if not expected else ""))
+    for kind, reason in expected.items():
+        print(f"    {kind:<18}{reason}")
+    return fits
+
+
+def _tell_compiled(run: RunConfig, name: str, on: Device) -> bool:
+    """Prints what the compiler says of the step; whether it fits."""
+    _platforms()
+    from jaxlm.plan import compile_step
+
+    found = compile_step(run, name)
+    fits = found.peak_bytes <= USABLE * on.memory
+    expected = expected_collectives(run)
+    unexpected = [kind for kind, n in found.collectives.items() if n and kind not in expected]
+    print(
+        f"  compiled     {_gb(found.peak_bytes)} per device: "
+        + ("fits" if fits else "does NOT fit")
+        + f"; the estimate is off by {memory(run).peak / found.peak_bytes - 1:+.1%}"
+    )
+    print(
+        f"    state             {_gb(found.state_bytes)} if divided evenly, {_gb(found.argument_bytes)} with the batch"
+    )
+    print(f"    temporary         {_gb(found.temporary_bytes)}")
+    print(
+        "    collectives       "
+        + (", ".join(f"{k} {n}" for k, n in found.collectives.items() if n) or "none")
+    )
+    if unexpected:
+        print(f"    not expected      {', '.join(unexpected)}")
+    return fits
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"
 
 
 def _decode(argv: list[str]) -> int:

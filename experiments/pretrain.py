@@ -5,37 +5,35 @@
 
 A run started in one framework goes on in the other: --resume takes the newest checkpoint of either.
 
-The run directory holds config.json, env.json, tokenizer.json, metrics.jsonl, plots/, data/ (tokenised shards) and
-checkpoints/. quickstart on two CPU cores: about 6,000 tokens per second.
+The run directory holds config.json, env.json, tokenizer.json, metrics.jsonl, plots/, data/ (tokenised shards),
+checkpoints/, bad_batches/ (batches whose update was skipped) and, with --profile, profile/. quickstart on two CPU
+cores: about 6,000 tokens per second.
 """
 
+import contextlib
 import math
 import shutil
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from experiments.cli import RunOptions, main_guard, need, parse_run, say
 from experiments.handover import CHECKPOINTS, resume
+from experiments.launch import join, launch, open_together
+from jaxlm.checkpoint_files import preflight
 from jaxlm.config import ConfigError, RunConfig
 from jaxlm.count import active_param_count, flops_per_token, param_count
-from jaxlm.data.corpus import Corpus, open_corpus
-from jaxlm.data.loader import eval_batches, make_loader
-from jaxlm.data.shards import TokenStore, open_shards, prepare
-from jaxlm.loop import Result, fit
-from jaxlm.metrics import JsonlSink, peak_flops
-from jaxlm.run_dir import RunDir, open_run
-from jaxlm.tokenizer import Tokenizer, open_tokenizer
-
-
-@dataclass
-class Prepared:
-    """What a run trains on."""
-
-    tokenizer: Tokenizer
-    train: TokenStore
-    val: TokenStore
+from jaxlm.data.corpus import open_corpus
+from jaxlm.data.loader import LoaderSettings, eval_batches, make_loader
+from jaxlm.data.run_data import RunData, is_prepared, open_run_data
+from jaxlm.live_plots import LivePlots
+from jaxlm.loop import Outputs, Result, fit
+from jaxlm.memory import peak_memory, process_peak_memory
+from jaxlm.metrics import Throughput, peak_flops
+from jaxlm.reporter import Reporter, Sink, text_bytes_per_token
+from jaxlm.run_dir import RunDir
+from jaxlm.sinks import Sinks, check_sinks, open_sinks
 
 
 @dataclass
@@ -44,34 +42,78 @@ class Trained:
 
     run: RunConfig
     directory: RunDir
-    data: Prepared
+    data: RunData
     engine: Any
     result: Result
 
 
 def main(argv: list[str]) -> int:
     """Entry point."""
-    pretrain(parse_run(argv, "python -m experiments.pretrain", __doc__ or ""))
+    others = join()
+    options = parse_run(argv, "python -m experiments.pretrain", __doc__ or "")
+    if options.launch.several and others is None:
+        return launch("experiments.pretrain", argv, options.launch, options.framework, run_path(options))
+    pretrain(options, others)
+    if others is not None:
+        others.leave()
     return 0
 
 
-def pretrain(options: RunOptions) -> Trained:
-    """Data, model, loop. Raises InputError before anything is trained when something does not fit."""
-    path = Path(options.run_dir or f"runs/{options.preset}")
+def run_path(options: RunOptions) -> Path:
+    """The run directory."""
+    return Path(options.run_dir or f"runs/{options.preset}")
+
+
+def pretrain(options: RunOptions, others: Any | None = None) -> Trained:
+    """Data, model, loop. Raises InputError before anything is trained when something does not fit.
+
+    others: `jaxlm.distributed` in one of several processes. Process 0 writes what there is one of.
+    """
+    path = run_path(options)
     existed = path.exists()
     run = options.run
     check_devices(run, options.framework)
-    corpus = open_corpus(run.data.path, run.data.column)
-    directory, run, resumed = open_run(path, run, options.resume)
+    check_policy(run, options.framework)
+    check_inputs(run)
+    directory, run, resumed = open_together(path, run, options.resume, others)
+    main = others is None or others.is_main()
     if options.resume and not resumed:
         say(f"{path} holds nothing to resume; starting fresh")
     try:
-        data = prepare_data(run, directory, corpus, resumed)
+        with contextlib.nullcontext() if others is None else others.main_first("data"):
+            data = open_run_data(run, directory, resumed or not main, say)
     except BaseException:
-        if not existed:
+        if not existed and main:
             shutil.rmtree(path, ignore_errors=True)
         raise
-    return train(run, directory, data, options.framework, resumed)
+    return train(run, directory, data, options.framework, resumed, options.profile, main)
+
+
+def check_inputs(run: RunConfig) -> None:
+    """Refuses texts that are not there, and sinks whose library is missing, before anything is written or moved."""
+    check_sinks(run.log)
+    if not run.data.mixture and not is_prepared(run.data.path):
+        open_corpus(run.data.path, run.data.column)
+
+
+def check_policy(run: RunConfig, framework: str) -> None:
+    """Refuses an optim.policy that does not fit the model, by the model's own parameter paths."""
+    if not run.optim.policy:
+        return
+    if framework == "torch":
+        import torch
+
+        from torchref import optim
+        from torchref.model import Decoder
+
+        with torch.device("meta"):
+            paths = [path for path, _ in Decoder(run.model, rngs=None).named_parameters()]
+        optim.check_policy(run.optim, paths)
+        return
+    from jaxlm import optim as jax_optim
+    from jaxlm.model import abstract_model
+
+    jax_optim.check_policy(run.optim, abstract_model(run.model).shapes)
 
 
 def check_devices(run: RunConfig, framework: str) -> None:
@@ -83,98 +125,44 @@ def check_devices(run: RunConfig, framework: str) -> None:
                 f"--framework torch runs on one device, but --mesh {run.mesh} asks for {run.mesh.size}"
             )
         return
+    from jaxlm.distributed import require_all_devices
     from jaxlm.sharding import make_mesh
 
-    make_mesh(run.mesh)
+    require_all_devices(make_mesh(run.mesh))
 
 
-class TokenProgress:
-    """A line every few seconds while text is tokenised."""
-
-    INTERVAL = 5.0  # seconds
-
-    def __init__(self) -> None:
-        self._said = time.monotonic()
-
-    def __call__(self, documents: int, tokens: int) -> None:
-        if time.monotonic() - self._said >= self.INTERVAL:
-            self._said = time.monotonic()
-            say(f"tokenised {documents:,} documents, {tokens:,} tokens")
-
-
-def prepare_data(run: RunConfig, directory: RunDir, corpus: Corpus, resumed: bool) -> Prepared:
-    """Tokenizer and shards of a run; made once, verified afterwards."""
-    stored = directory.tokenizer
-    if resumed and stored.is_file():
-        tokenizer = Tokenizer.load(stored)
-    elif run.data.tokenizer == "train":
-        say(f"training a byte-level BPE of {run.model.vocab_size} tokens on {corpus.description}")
-        texts = (document.text for document in corpus.documents("train", run.data.val_fraction))
-        tokenizer = Tokenizer.train(texts, run.model.vocab_size)
-        if tokenizer.n_unused:
-            say(
-                f"the text fills {run.model.vocab_size - tokenizer.n_unused} tokens; {tokenizer.n_unused} stay unused"
-            )
-    else:
-        tokenizer = open_tokenizer(run.data.tokenizer)
-    if tokenizer.vocab_size > run.model.vocab_size:
-        raise ConfigError(
-            f"the tokenizer {run.data.tokenizer} has {tokenizer.vocab_size} tokens but model.vocab_size="
-            f"{run.model.vocab_size}; set --model.vocab-size {tokenizer.vocab_size}"
-        )
-    if tokenizer.vocab_size < run.model.vocab_size:
-        say(
-            f"the vocabulary of {tokenizer.vocab_size} tokens is padded to model.vocab_size={run.model.vocab_size}"
-        )
-    if not stored.is_file():
-        tokenizer.save(stored)
-    out = Path(run.data.cache) if run.data.cache else directory.path / "data"
-    prepare(corpus, tokenizer, out, run.data.val_fraction, run.train.seq_len + 1, progress=TokenProgress())
-    stores = [open_shards(out / split, run.model.vocab_size) for split in ("train", "val")]
-    say(f"data: {len(stores[0]):,} training and {len(stores[1]):,} validation tokens of {corpus.description}")
-    return Prepared(tokenizer, *stores)
-
-
-def train(run: RunConfig, directory: RunDir, data: Prepared, framework: str, resumed: bool) -> Trained:
-    """The loop on prepared data."""
+def train(
+    run: RunConfig,
+    directory: RunDir,
+    data: RunData,
+    framework: str,
+    resumed: bool,
+    profile: bool = False,
+    main: bool = True,
+) -> Trained:
+    """The loop on opened data. main: whether this process writes what there is one of."""
     engine = make_engine(run, directory, framework)
-    directory.write_env([device_kind(framework)], run.train.seed)
-    best, step, loader_state = math.inf, 0, None
-    extra = resume(run, directory, engine, framework) if resumed else None
-    if extra is not None:
-        best, step, loader_state = extra["best"], engine.step, extra["loader"]
-        say(f"resumed at step {step} of {run.train.steps}")
-    else:
-        if resumed:
-            say(f"{directory.path} holds no checkpoint yet; starting at step 0")
-        engine.initialise()
-    if step >= run.train.steps:
-        say(f"step {step} of {run.train.steps} is already done; raise --train.steps to go on")
-    loader = make_loader(
-        data.train,
-        run.train.seq_len,
-        run.train.batch_size,
-        run.train.seed,
-        run.data.shuffle,
-        start_batch=step,
-    )
+    if main:
+        directory.write_env([device_kind(framework)], run.train.seed)
+    best, loader_state = begin(run, directory, engine, framework, resumed)
+    step, settings = engine.step, LoaderSettings.of(run)
+    loader = make_loader(data.train, settings, start_batch=step, rows=engine.rows)
     if loader_state is not None:
         loader.set_state(loader_state)
-    flops = flops_per_token(run.model, run.train.seq_len)
     describe(run, engine, framework)
-    validation = list(eval_batches(data.val, run.train.seq_len, run.train.batch_size, run.train.eval_batches))
-    with JsonlSink(directory.metrics, resume_step=step if resumed else None) as sink:
-        result = fit(
-            run,
-            engine,
-            loader,
-            validation,
-            sink,
-            flops_per_token=flops,
-            peak_flops=device_peak(run, framework),
-            best=best,
-            on_checkpoint=plotter(directory) if run.train.plots else None,
-        )
+    validation = list(eval_batches(data.val, settings, run.train.eval_batches))
+    plots = LivePlots(directory.path) if run.train.plots and main else None
+    rejected = directory.path / "bad_batches"
+    outputs = Outputs(
+        rejected if engine.rows is None else rejected / f"rows_{engine.rows[0]}_to_{engine.rows[-1]}",
+        directory.path / "profile" if profile and main else None,
+        plots,
+    )
+    sinks = open_sinks(run, directory, resume_step=step if resumed else None) if main else Sinks()
+    with sinks as sink:
+        result = fit(run, engine, loader, validation, reporter(run, data, framework, sink), best, outputs)
+    if plots is not None and not result.stopped_by:
+        plots.close()
     if result.stopped_by:
         say(f"{result.stopped_by}: saved at step {result.step}; continue with --resume")
     elif step < run.train.steps:
@@ -183,6 +171,41 @@ def train(run: RunConfig, directory: RunDir, data: Prepared, framework: str, res
             f"(best {result.best_val_loss:.4f}), {result.seconds:.0f} s, written to {directory.path}"
         )
     return Trained(run, directory, data, engine, result)
+
+
+def begin(
+    run: RunConfig, directory: RunDir, engine: Any, framework: str, resumed: bool
+) -> tuple[float, dict[str, Any] | None]:
+    """Gives the engine its state, from a checkpoint or fresh; the best validation loss so far and the data position.
+
+    Raises DiskFullError where not even one checkpoint would fit.
+    """
+    extra = resume(run, directory, engine, framework) if resumed else None
+    if extra is not None:
+        say(f"resumed at step {engine.step} of {run.train.steps}")
+    else:
+        if resumed:
+            say(f"{directory.path} holds no checkpoint yet; starting at step 0")
+        engine.initialise()
+    if engine.step >= run.train.steps:
+        say(f"step {engine.step} of {run.train.steps} is already done; raise --train.steps to go on")
+    else:
+        preflight(engine.directory, engine.state_bytes, run.train.keep, len(engine.candidates), say)
+    return (math.inf, None) if extra is None else (extra["best"], extra["loader"])
+
+
+def reporter(run: RunConfig, data: RunData, framework: str, sink: Sink) -> Reporter:
+    """What turns a step's metrics into a line of the log."""
+    return Reporter(
+        run,
+        sink,
+        Throughput(run.train.batch_size * run.train.seq_len),
+        flops_per_token(run.model, run.train.seq_len),
+        device_peak(run, framework),
+        text_bytes_per_token([store.meta for store in data.train], data.weights),
+        device_memory(framework),
+        text_bytes_per_token([store.meta for store in data.val], data.weights),
+    )
 
 
 def make_engine(run: RunConfig, directory: RunDir, framework: str) -> Any:
@@ -213,6 +236,15 @@ def device_peak(run: RunConfig, framework: str) -> float | None:
     return None if one is None else one * run.mesh.size
 
 
+def device_memory(framework: str) -> Callable[[], int]:
+    """What tells the peak memory of the run's devices, in bytes."""
+    if framework == "jax":
+        return peak_memory
+    import torch
+
+    return torch.cuda.max_memory_allocated if torch.cuda.is_available() else process_peak_memory
+
+
 def device_kind(framework: str) -> str:
     """What the device is called."""
     if framework == "torch":
@@ -222,17 +254,6 @@ def device_kind(framework: str) -> str:
     import jax
 
     return jax.devices()[0].device_kind
-
-
-def plotter(directory: RunDir) -> Any:
-    """Draws the run's figures, where matplotlib is installed."""
-
-    def draw() -> None:
-        from jaxlm.plots import plot_run
-
-        plot_run(directory.path)
-
-    return draw
 
 
 if __name__ == "__main__":

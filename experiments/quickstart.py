@@ -15,10 +15,10 @@ import numpy as np
 
 from convert.targets import Contents, Target
 from experiments.cli import main_guard, need, parse_run, say
-from experiments.pretrain import Trained, check_devices, plotter, pretrain
+from experiments.pretrain import Trained, check_devices, check_inputs, pretrain
 from jaxlm.config import ConfigError
 from jaxlm.data.baselines import bigram_loss, gzip_bits_per_byte
-from jaxlm.data.corpus import open_corpus
+from jaxlm.live_plots import LivePlots
 from jaxlm.metrics import bits_per_byte
 from jaxlm.run_dir import move_aside
 from jaxlm.tensor_file import Lazy
@@ -33,12 +33,18 @@ def main(argv: list[str]) -> int:
         raise ConfigError(
             "quickstart compares both frameworks and trains in JAX; use experiments.pretrain for torch"
         )
+    if options.run.data.mixture:
+        raise ConfigError(
+            "quickstart counts its baselines on one text; use experiments.pretrain for a mixture"
+        )
+    if options.launch.several:
+        raise ConfigError("quickstart runs in one process; use experiments.pretrain for --launch")
     need("torch")
     from convert.parity.report import write_report
     from convert.prove import export_and_prove
 
     check_devices(options.run, options.framework)
-    open_corpus(options.run.data.path, options.run.data.column)  # bad input must not move anything
+    check_inputs(options.run)  # bad input must not move anything
     path = Path(options.run_dir or f"runs/{options.preset}")
     if path.exists() and not options.resume:
         say(f"{path} is kept as {move_aside(path)}")
@@ -63,11 +69,12 @@ def as_trained(trained: Trained) -> Target:
 def compare_with_baselines(trained: Trained) -> bool:
     """Prints losses beside a bigram table on the same tokens and gzip; True when the model beats the table."""
     run, data, result = trained.run, trained.data, trained.result
-    seen = min(len(data.train), result.step * run.train.batch_size * run.train.seq_len)
+    train, val = data.train[0], data.val[0]
+    seen = min(len(train), result.step * run.train.batch_size * run.train.seq_len)
     say("counting bigrams for the baseline")
-    bigram = bigram_loss(data.train, data.val, run.model.vocab_size, seen)
-    text = data.tokenizer.decode_bytes(data.val[0 : len(data.val)])
-    bytes_per_token = len(text) / len(data.val)
+    bigram = bigram_loss(train, val, run.model.vocab_size, seen)
+    text = data.tokenizer.decode_bytes(val[0 : len(val)])
+    bytes_per_token = len(text) / len(val)
     gzip = gzip_bits_per_byte(text)
     trained.directory.baselines.write_text(json.dumps({"bigram": bigram}) + "\n", encoding="utf-8")
     rows = [
@@ -85,7 +92,9 @@ def compare_with_baselines(trained: Trained) -> bool:
     verdict = "beats the bigram table by" if beaten else "DOES NOT BEAT the bigram table:"
     print(f"  the model {verdict} {bigram - result.val_loss:+.4f} nats per token")
     if run.train.plots:
-        plotter(trained.directory)()
+        plots = LivePlots(trained.directory.path)
+        plots()
+        plots.close()
     return beaten
 
 

@@ -11,6 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.config import ConfigError, RunConfig
-from jaxlm.data.loader import eval_batches, make_loader
+from jaxlm.data.loader import LoaderSettings, eval_batches, make_loader
 from jaxlm.data.shards import TokenStore
+from jaxlm.guard import init_guard
 from jaxlm.layers import Backends
 from jaxlm.layerwise import (
     Arrays,
@@ -94,9 +96,9 @@ def wide(variants: Sequence[Variant]) -> bool:
 
 def validation_batches(variants: Sequence[Variant], store: TokenStore) -> list[Batch]:
     """The batches that every variant is validated on: the baseline's rows, as long as the shortest variant's."""
-    train = variants[0].run.train
-    length = min(v.run.train.seq_len for v in variants)
-    return list(eval_batches(store, length, train.batch_size, train.eval_batches))
+    run = variants[0].run
+    settings = replace(LoaderSettings.of(run), seq_len=min(v.run.train.seq_len for v in variants))
+    return list(eval_batches([store], settings, run.train.eval_batches))
 
 
 def run_variants(
@@ -177,11 +179,12 @@ def train_variant(variant: Variant, start: Start, store: TokenStore) -> Trained:
     begun, alike = initial_weights(run, start)
     params = {path: jnp.array(value, dtype) for path, value in begun.items()}
     opt_state = make_optimizer(run.optim).init(params)
-    state = TrainState(jnp.zeros((), jnp.int32), params, opt_state, jnp.asarray(settings.seed, jnp.uint32))
+    seed = jnp.asarray(settings.seed, jnp.uint32)
+    state = TrainState(jnp.zeros((), jnp.int32), params, opt_state, seed, init_guard(run))
     jitted = make_train_step(run, None, Backends(variant.attention, variant.experts))
     losses, seconds, digest = [], [], hashlib.sha256()
     compiled, compile_seconds, diverged = None, 0.0, None
-    loader = make_loader(store, settings.seq_len, settings.batch_size, settings.seed, run.data.shuffle)
+    loader = make_loader([store], LoaderSettings.of(run))
     try:
         with Progress(settings.steps) as bar:
             for step, batch in enumerate(itertools.islice(loader, settings.steps)):

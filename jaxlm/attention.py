@@ -227,7 +227,8 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(H, config.norm_eps, dtype=dtype) if config.qk_norm else None
         self.k_norm = RMSNorm(H, config.norm_eps, dtype=dtype) if config.qk_norm else None
         table = (1, N, config.context, config.context)
-        self.bias_table = make_param(table, (None,) * 4, 0.0, rngs, dtype) if config.attn_bias_table else None
+        table_axes = (None, "heads", "embed", None)
+        self.bias_table = make_param(table, table_axes, 0.0, rngs, dtype) if config.attn_bias_table else None
         self.n_heads, self.n_kv_heads, self.head_dim = N, K, H
         self.window, self.rate, self.backend = config.window(layer), config.dropout, backends.attention
 

@@ -1,11 +1,10 @@
 """Checkpoints of a run: orbax writes the arrays, a manifest of our own says what is whole.
 
-`checkpoints/<step>/` holds `state/` (orbax, one entry per leaf of the state, named by its path) and
-`manifest.json` (step, validation loss, the caller's JSON, every tensor's shape and dtype, size and SHA-256 of
-every file). The manifest is written into orbax's temporary directory before the rename that commits it, so a
-directory has a manifest exactly when the save was completed. orbax itself neither hashes its files nor doubts
-an empty directory with a number for a name, which is why `orbax.checkpoint.CheckpointManager`, whose list of
-steps is a list of names, is not used.
+`checkpoints/<step>/` holds what orbax writes (`state/`, one entry per leaf, named by its path) and `manifest.json`:
+step, validation loss, the caller's JSON, every tensor's shape and dtype, size and SHA-256 of every file
+(`jaxlm.checkpoint_files`). All of it is made in `checkpoints/writing/`, flushed to the disk, and renamed into place in
+one piece. orbax itself neither hashes its files nor doubts an empty directory with a number for a name, which is why
+`orbax.checkpoint.CheckpointManager`, whose list of steps is a list of names, is not used.
 """
 
 import contextlib
@@ -17,6 +16,8 @@ import math
 import os
 import shutil
 import sys
+import warnings
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -25,18 +26,31 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
+from jaxlm import checkpoint_files as files
+from jaxlm import cli
+from jaxlm.checkpoint_files import DamagedError, DiskFullError
 from jaxlm.config import InputError
 
 MANIFEST = "manifest.json"
-FORMAT = 1
-TEMPORARY = ".orbax-checkpoint-tmp"  # orbax's suffix of a save that has not been committed
+FORMAT = 2
+WRITING = "writing"  # folder of what is not committed, or not yet gone
+TEMPORARY = ".orbax-checkpoint-tmp"  # suffix of what a save of format 1 left when it was killed
 SPACE_MARGIN = 1.02  # files against bytes of the state: metadata and index pages
 
 PyTree = Any
+Which = int | Literal["latest", "best"]
 
 
 class CheckpointError(InputError):
     """A checkpoint that cannot be read or written; the message is one line that says which and why."""
+
+
+class NoSpaceError(CheckpointError, DiskFullError):
+    """A checkpoint for which there was no room; earlier ones are as they were."""
+
+
+class DamagedCheckpointError(CheckpointError, DamagedError):
+    """A checkpoint that is not as it was written; the message names step, file and what is wrong."""
 
 
 class _NotFromOrbax(logging.Filter):
@@ -72,10 +86,13 @@ class Checkpoints:
     One instance may save at a time. All processes of a run call `save`, `wait` and `restore` together.
     """
 
-    def __init__(self, directory: Path, keep: int = 2) -> None:
-        """`directory` is RUN/checkpoints, `keep` the number of newest checkpoints kept beside the best one."""
+    def __init__(self, directory: Path, keep: int = 2, say: Callable[[str], None] = cli.say) -> None:
+        """`directory` is RUN/checkpoints, `keep` the number of newest checkpoints kept beside the best one.
+
+        say: takes the lines that a person should read about checkpoints which are passed over.
+        """
         self.directory = Path(directory).absolute()
-        self.keep = keep
+        self.keep, self._say = keep, say
         self._writer: ocp.AsyncCheckpointer | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._pending: Future[None] | None = None
@@ -85,16 +102,21 @@ class Checkpoints:
         _ignore_dead_loops()
 
     @property
-    def steps(self) -> list[int]:
-        """Committed steps, ascending. Directories without a manifest are none of them."""
+    def numbers(self) -> list[int]:
+        """Steps that have a directory, ascending, complete or not."""
         if not self.directory.is_dir():
             return []
-        found = (p for p in self.directory.iterdir() if p.name.isdigit() and (p / MANIFEST).is_file())
-        return sorted(int(p.name) for p in found)
+        names = [p.name for p in self.directory.iterdir() if p.is_dir()]
+        return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
+
+    @property
+    def steps(self) -> list[int]:
+        """Committed steps, ascending. Directories without a manifest are none of them."""
+        return [step for step in self.numbers if (self._root(step) / MANIFEST).is_file()]
 
     @property
     def latest_step(self) -> int | None:
-        """The newest committed step, or None."""
+        """The newest committed step, damaged or not, or None."""
         return max(self.steps, default=None)
 
     @property
@@ -114,8 +136,8 @@ class Checkpoints:
         alone. `state` is a pytree of jax.Arrays, `extra` anything JSON can hold (the position of the data
         iterator among it), `metric` the validation loss in nats, if there is one. A step that this instance
         has saved already is left as it is; one of an earlier history is replaced, and steps beyond `step` go
-        when it is committed. Raises CheckpointError, also for the previous save if that one failed in the
-        background.
+        when it is committed. Raises CheckpointError (NoSpaceError for want of space), also for the previous save
+        if that one failed in the background.
         """
         self.wait()
         if step in self._written:
@@ -136,21 +158,28 @@ class Checkpoints:
             self._require_space(int(SPACE_MARGIN * sum(x.nbytes for x in leaves.values())))
             writer, pool = self._open()
             args = ocp.args.Composite(state=ocp.args.StandardSave(leaves))
-            writer.save(self.directory / str(step), args=args, force=True)
+            writer.save(self.directory / WRITING / str(step), args=args, force=True)
         except (OSError, RuntimeError, ValueError) as error:
             self._shut()
             raise self._failure(step, error) from None
         self._pending = pool.submit(self._finish, step)
 
-    def wait(self) -> None:
-        """Returns when the save under way is committed and superseded ones are gone; CheckpointError if not."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            try:
-                pending.result()
-            except CheckpointError:
-                self._shut()
-                raise
+    def wait(self, timeout: float | None = None) -> None:
+        """Returns when the save under way is committed and superseded ones are gone, or after `timeout` seconds.
+
+        Raises CheckpointError (NoSpaceError for want of space) where it failed.
+        """
+        if self._pending is None:
+            return
+        try:
+            self._pending.result(timeout)
+        except TimeoutError:
+            return
+        except CheckpointError:
+            self._pending = None
+            self._shut()
+            raise
+        self._pending = None
 
     def close(self) -> None:
         """Waits, then frees orbax's threads. The instance can still restore, and save again."""
@@ -160,50 +189,76 @@ class Checkpoints:
             self._shut()
 
     def restore(
-        self, step: int | Literal["latest", "best"], template: PyTree
+        self, step: Which, template: PyTree, fresh: Mapping[str, jax.Array] | None = None
     ) -> tuple[PyTree, dict[str, Any]]:
         """The state of `step`, bit for bit, and what `save` was given as `extra`.
 
-        `template` is a pytree of jax.ShapeDtypeStruct with shardings: those of the mesh to restore onto, not
-        of the mesh that saved. Raises CheckpointError if there is no such checkpoint, if a file of it is
-        damaged, or if names, shapes or dtypes of its tensors are not the template's.
+        "latest" is the newest step whose files are all as they were written; newer ones are named in a line each,
+        with what is wrong. Any other step must be whole itself. `template` is a pytree of jax.ShapeDtypeStruct with
+        shardings: those of the mesh to restore onto, not of the mesh that saved. `fresh` has leaves, by dotted path,
+        for checkpoints of versions that did not have them yet. Raises CheckpointError if there is no such checkpoint,
+        if a file of it is damaged, or if names, shapes or dtypes of its tensors are not the template's.
         """
         self.wait()
         number = self._resolve(step)
-        manifest = self.verify(number)
-        wanted = _named_leaves(template)
-        self._compare(number, manifest["tensors"], wanted)
+        manifest = self._newest() if step == "latest" else self.verify(number)
+        number = manifest["step"]
+        wanted, fresh = _named_leaves(template), dict(fresh or {})
+        added = [name for name in fresh if name in wanted and name not in manifest["tensors"]]
+        read = {name: leaf for name, leaf in wanted.items() if name not in added}
+        self._compare(number, manifest["tensors"], read)
         try:
             with ocp.StandardCheckpointer() as reader:
-                leaves = reader.restore(self.directory / str(number) / "state", wanted)
+                leaves = reader.restore(self._root(number) / "state", read)
         except (OSError, RuntimeError, ValueError, KeyError) as error:
-            root = self.directory / str(number)
-            raise CheckpointError(f"checkpoint {root} cannot be read: {_line(error)}") from None
+            raise CheckpointError(f"checkpoint {self._root(number)} cannot be read: {_line(error)}") from None
+        if added:
+            self._say(f"the checkpoint of step {number} is older than {', '.join(added)}; they start anew")
         self._written.clear()  # what is trained from here on is another history
-        state = jax.tree.unflatten(jax.tree.structure(template), [leaves[name] for name in wanted])
-        return state, manifest["extra"]
+        leaves |= {name: jax.device_put(fresh[name], wanted[name].sharding) for name in added}
+        return jax.tree.unflatten(jax.tree.structure(template), [leaves[name] for name in wanted]), manifest[
+            "extra"
+        ]
 
     def verify(self, step: int) -> dict[str, Any]:
         """The manifest of `step`, after every file of it was compared with its size and SHA-256.
 
-        Raises CheckpointError that names the first damaged file.
+        Raises DamagedCheckpointError that names the first damaged file.
         """
-        root = self.directory / str(step)
+        return self._checked(step, hashes=True)
+
+    def _newest(self) -> dict[str, Any]:
+        """The manifest of the newest whole checkpoint; damaged ones beyond it are told of."""
+        damages = []
+        for step in reversed(self.numbers):
+            try:
+                manifest = self._checked(step, hashes=True)
+            except DamagedError as damage:
+                damages.append(str(damage))
+                continue
+            for damage in damages:
+                self._say(f"warning: {damage}; going on from step {step}")
+            return manifest
+        raise CheckpointError(f"no whole checkpoint in {self.directory}: {'; '.join(damages)}")
+
+    def _checked(self, step: int, hashes: bool) -> dict[str, Any]:
         manifest = self._manifest(step)
-        for name, (size, digest) in manifest["files"].items():
-            path = root / name
-            if not path.is_file():
-                raise self._damaged(step, f"{path} is missing")
-            if path.stat().st_size != size:
-                raise self._damaged(step, f"{path} has {path.stat().st_size} bytes instead of {size}")
-            if _sha256(path) != digest:
-                raise self._damaged(step, f"{path} has changed since it was written (SHA-256 differs)")
+        try:
+            if manifest["format"] == 1:
+                files.check_files(self._root(step), manifest["files"], hashes)
+            else:
+                files.check(self._root(step), MANIFEST, hashes)
+        except DamagedError as error:
+            raise _damaged(step, error) from None
         return manifest
 
-    def _resolve(self, step: int | Literal["latest", "best"]) -> int:
+    def _root(self, step: int) -> Path:
+        return self.directory / str(step)
+
+    def _resolve(self, step: Which) -> int:
         steps = self.steps
         there = f"in {self.directory}; there are steps {', '.join(map(str, steps))}"
-        if not steps:
+        if not steps and step not in self.numbers:
             raise CheckpointError(f"nothing to restore: no complete checkpoint in {self.directory}")
         if step == "latest":
             return steps[-1]
@@ -212,23 +267,22 @@ class Checkpoints:
             if best is None:
                 raise CheckpointError(f"no checkpoint with a validation loss {there}")
             return best
-        if step not in steps:
+        if step not in self.numbers:
             raise CheckpointError(f"no checkpoint of step {step} {there}")
         return step
 
     def _manifest(self, step: int) -> dict[str, Any]:
-        path = self.directory / str(step) / MANIFEST
+        path = self._root(step) / MANIFEST
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            body, digest = stored["body"], stored["sha256"]
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
-            raise self._damaged(step, f"{path} cannot be read") from None
-        if _digest_of(body) != digest:
-            raise self._damaged(step, f"{path} has changed since it was written (SHA-256 differs)")
-        if body["format"] != FORMAT:
+            body = files.read_manifest(self._root(step), MANIFEST)
+        except DamagedError as error:
+            body = _read_format_1(path)
+            if body is None:
+                raise _damaged(step, error) from None
+        if body["format"] not in (1, FORMAT):
             raise CheckpointError(f"{path} has format {body['format']}; this version reads format {FORMAT}")
         if body["step"] != step:
-            raise self._damaged(step, f"{path} is of step {body['step']}")
+            raise _damaged(step, f"{path} is of step {body['step']}")
         return body
 
     def _best(self, steps: list[int]) -> int | None:
@@ -241,13 +295,6 @@ class Checkpoints:
         except CheckpointError:
             return None  # a damaged checkpoint is reported when it is asked for, not when others are compared
         return metric if metric is not None and math.isfinite(metric) else None
-
-    def _damaged(self, step: int, what: str) -> CheckpointError:
-        others = [s for s in self.steps if s != step]
-        advice = "there is no other checkpoint"
-        if others:
-            advice = f"remove {self.directory / str(step)} to use step {others[-1]}"
-        return CheckpointError(f"checkpoint of step {step} is damaged: {what}; {advice}")
 
     def _compare(self, step: int, stored: dict[str, list], wanted: dict[str, jax.ShapeDtypeStruct]) -> None:
         """Refuses before reading what orbax would cast, or report as a dump of its metadata."""
@@ -268,8 +315,7 @@ class Checkpoints:
             self._clean()
             self.directory.mkdir(parents=True, exist_ok=True)
             handler = ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler())
-            options = ocp.options.AsyncOptions(post_finalization_callback=self._write_manifest)
-            self._writer = ocp.AsyncCheckpointer(handler, async_options=options)
+            self._writer = ocp.AsyncCheckpointer(handler)
             self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         return self._writer, self._pool
 
@@ -282,42 +328,51 @@ class Checkpoints:
 
     def _clean(self) -> None:
         if jax.process_index() == 0 and self.directory.is_dir():
-            for stale in [p for p in self.directory.iterdir() if TEMPORARY in p.name]:
+            for stale in [p for p in self.directory.iterdir() if p.name == WRITING or TEMPORARY in p.name]:
                 shutil.rmtree(stale, ignore_errors=True)
 
-    def _write_manifest(self) -> None:
-        """Called by orbax, in its thread on the primary process, when all is written and nothing committed."""
-        root = next(self.directory.glob(f"{self._draft['step']}{TEMPORARY}*"))
-        files = sorted(p for p in (root / "state").rglob("*") if p.is_file())
-        sums = {p.relative_to(root).as_posix(): [p.stat().st_size, _sha256(p)] for p in files}
-        body = self._draft | {"files": sums}
-        with open(root / MANIFEST, "w", encoding="utf-8") as file:
-            json.dump({"sha256": _digest_of(body), "body": body}, file)
-            file.flush()
-            os.fsync(file.fileno())
-
     def _finish(self, step: int) -> None:
-        """Waits for the commit, then removes what it supersedes; runs in our thread."""
+        """Waits for orbax, commits, then removes what the new checkpoint supersedes; runs in our thread."""
         assert self._writer is not None
         try:
             self._writer.wait_until_finished()
+            if jax.process_index() == 0:
+                self._commit(step)
         except Exception as error:
             raise self._failure(step, error) from None
         self._written.add(step)
         if jax.process_index() == 0:
-            kept = [s for s in self.steps if s <= step]  # beyond lies a history that a restore has abandoned
-            for old in set(self.steps) - {*kept[-self.keep :], self._best(kept)}:
+            past = [s for s in self.steps if s <= step]  # beyond lies a history that a restore has abandoned
+            whole = [s for s in past if self._is_whole(s)]
+            for old in set(self.numbers) - {*whole[-self.keep :], self._best(past)}:
                 self._remove(old)
+            shutil.rmtree(self.directory / WRITING, ignore_errors=True)
+
+    def _commit(self, step: int) -> None:
+        """Seals what orbax has written and puts it in its place; before, there is no checkpoint of this name."""
+        ready = self.directory / WRITING / str(step)
+        files.seal(ready, MANIFEST, self._draft)
+        if self._root(step).exists():
+            self._put_away(step)
+        os.rename(ready, self._root(step))
+        files.flush_directory(self.directory)
+
+    def _is_whole(self, step: int) -> bool:
+        try:
+            self._checked(step, hashes=False)
+        except CheckpointError:
+            return False
+        return True
+
+    def _put_away(self, step: int) -> Path:
+        return self._root(step).rename(self.directory / WRITING / f"{step}.old")
 
     def _remove(self, step: int) -> None:
-        """Renames first: a deletion that is cut short leaves a temporary directory, not half a checkpoint."""
-        doomed = self.directory / f"{step}{TEMPORARY}-deleted"
-        os.rename(self.directory / str(step), doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        """Renames first: a deletion that is cut short must not leave half a checkpoint under a step's name."""
+        shutil.rmtree(self._put_away(step), ignore_errors=True)
 
     def _require_space(self, need: int) -> None:
-        parent = next(p for p in (self.directory, *self.directory.parents) if p.exists())
-        free = shutil.disk_usage(parent).free
+        free = files.free_bytes(self.directory)
         if need > free:
             sizes = f"{need / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free"
             raise OSError(errno.ENOSPC, f"disk full: {sizes}")
@@ -326,15 +381,17 @@ class Checkpoints:
         """One line for a save that failed, after its remains are removed to give the space back."""
         # orbax leaves tasks behind that report the same error again, as tracebacks, when they are collected.
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         self._clean()
         if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
             why = error.strerror or "disk full"
         else:
-            why = "disk full or file size limit reached" if _is_full(error) else _line(error)
+            why = "disk full or file size limit reached" if files.is_full(error) else _line(error)
         latest = self.latest_step
         intact = "there is no earlier one" if latest is None else f"the checkpoint of step {latest} is intact"
         where = f"checkpoint of step {step} was not written to {self.directory}"
-        return CheckpointError(f"{where}: {why}; {intact}")
+        kind = NoSpaceError if files.is_full(error) else CheckpointError
+        return kind(f"{where}: {why}; {intact}")
 
 
 def _named_leaves(tree: PyTree) -> dict[str, Any]:
@@ -350,19 +407,20 @@ def _array(dtype_and_shape: tuple[Any, ...]) -> str:
     return f"{dtype_and_shape[0]}[{','.join(map(str, dtype_and_shape[1:]))}]"
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _damaged(step: int, what: object) -> DamagedCheckpointError:
+    return DamagedCheckpointError(f"checkpoint of step {step} is damaged: {what}")
 
 
-def _digest_of(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+def _read_format_1(path: Path) -> dict[str, Any] | None:
+    """A manifest of the first format, which knew no files but orbax's arrays and hashed its own values only."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        body = stored["body"]
+        digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        return body if body["format"] == 1 and stored["sha256"] == digest else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def _is_full(error: BaseException) -> bool:
-    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return getattr(error, "errno", None) in codes or any(os.strerror(code) in str(error) for code in codes)

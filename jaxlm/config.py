@@ -96,9 +96,7 @@ class MoEConfig:
     d_ff: int = 0  # F of one expert; 0 = the model's d_ff
     pattern: tuple[bool, ...] = (True,)  # layer i is MoE if pattern[i mod len]; the rest are dense
     renormalize: bool = True  # make the A chosen router probabilities sum to one
-    capacity_factor: float = (
-        0.0  # 0 = dropless; else experts keep their first int(this * tokens / E) in training
-    )
+    capacity_factor: float = 0.0  # 0 = dropless; else experts keep int(this * tokens / E) in training
     balance: BalanceReduction = "mixtral"  # reduction of the balance loss; formulas in jaxlm/moe.py
     balance_coef: float = 0.01  # weight of the balance loss
     router_z_coef: float = 0.0  # weight of mean(logsumexp(router logits)^2), summed over layers
@@ -156,9 +154,7 @@ class ModelConfig:
     tied: bool = False  # head = embedding transposed
     windows: tuple[int, ...] = (0,)  # layer i sees the last windows[i mod len] positions; 0 = all
     dropout: float = 0.0  # on embeddings, attention probabilities and the MLP's hidden layer
-    init: Literal["normal", "fan_in"] = (
-        "normal"  # std init_std, residual outputs / sqrt(2L); or 1/sqrt(fan_in)
-    )
+    init: Literal["normal", "fan_in"] = "normal"  # std init_std, outputs / sqrt(2L); or 1/sqrt(fan_in)
     init_std: float = 0.02  # standard deviation under init='normal'
     moe: MoEConfig = field(default_factory=MoEConfig)  # mixture of experts
 
@@ -216,20 +212,16 @@ class ModelConfig:
 class DataConfig:
     """Where tokens come from."""
 
-    path: str = (
-        ""  # text, jsonl or parquet: a file, folder or glob; or prepared data; '' = Python's standard library
-    )
+    path: str = ""  # text, jsonl, parquet: file, folder, glob; or prepared data; '' = Python's library
     mixture: tuple[str, ...] = ()  # FOLDER=WEIGHT of prepared data, instead of path; the weights sum to 1
     column: str = "text"  # key of the text in jsonl and parquet
-    tokenizer: str = "train"  # train = BPE on the corpus; a tokenizer.json; gpt2, cl100k_base, o200k_base
+    tokenizer: str = "train"  # train = BPE on the corpus; a tokenizer.json or .tiktoken; gpt2, cl100k_base, …
     val_fraction: float = 0.05  # documents held out (sources under 20 documents: last share of tokens)
     cache: str = ""  # folder of the tokenised shards; '' = inside the run directory
     shuffle: bool = True  # shuffled windows; False = corpus order
     stride: int = 0  # tokens from one window's start to the next; 0 = seq_len, no overlap
     packing: bool = False  # documents of a window do not see each other, and positions restart with each
-    verify: Literal["quick", "full"] = (
-        "quick"  # at start: size, time and a sample of each shard; or every byte
-    )
+    verify: Literal["quick", "full"] = "quick"  # at start: size, time, a sample of shards; or every byte
 
     def __post_init__(self) -> None:
         require(0 < self.val_fraction < 1, f"data.val_fraction={self.val_fraction} must be between 0 and 1")
@@ -250,9 +242,7 @@ class OptimConfig:
     warmup_steps: int = 100  # linear warmup: step s (from 0) has lr (s+1)/warmup_steps
     decay_steps: int = 0  # steps until min_lr; 0 = train.steps of the first start
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"  # learning rate after the warmup
-    wsd_decay: float = (
-        0.2  # wsd (warmup, stable, decay): share of decay_steps that the closing linear decay takes
-    )
+    wsd_decay: float = 0.2  # wsd (warmup-stable-decay): share of decay_steps in the closing decay
     b1: float = 0.9  # decay of the first moment
     b2: float = 0.95  # decay of the second moment
     eps: float = 1e-8  # added to the root of the second moment
@@ -260,9 +250,7 @@ class OptimConfig:
     muon_momentum: float = 0.95  # muon: decay of the momentum
     muon_nesterov: bool = True  # muon: look one step ahead
     muon_steps: int = 5  # muon: Newton-Schulz iterations
-    muon_scale: Literal["match_rms", "original"] = (
-        "match_rms"  # muon: 0.2 sqrt(max(in, out)), so that AdamW's lr fits
-    )
+    muon_scale: Literal["match_rms", "original"] = "match_rms"  # muon: match_rms fits AdamW's lr
     weight_decay: float = 0.1  # decoupled, times the learning rate
     decay: Literal["matrices", "matrices_and_embeddings"] = "matrices"  # never norms and biases
     policy: tuple[str, ...] = ()  # REGEX:KEY=VALUE[,…] by parameter path; keys lr, decay (factors), optimizer
@@ -277,6 +265,13 @@ class OptimConfig:
         momentum = self.muon_momentum
         require(0 <= momentum < 1, f"optim.muon_momentum={momentum} must be in [0, 1)")
         require(self.eps > 0, f"optim.eps={self.eps} must be positive")
+        # Of eight bits, rounding takes up to 2^-8 of a value: what shrinks by less never shrinks.
+        slowest = max(self.b1, self.b2, momentum)
+        require(
+            self.moment_dtype == "same" or 1 - slowest >= 2**-8,
+            f"optim.b1={self.b1}, b2={self.b2}, muon_momentum={momentum} must not exceed {1 - 2**-8} with "
+            f"moment_dtype={self.moment_dtype!r}, whose rounding would hold moments still",
+        )
         require(0 < self.wsd_decay <= 1, f"optim.wsd_decay={self.wsd_decay} must be in (0, 1]")
         require(self.muon_steps > 0, f"optim.muon_steps={self.muon_steps} must be positive")
         for name in ("warmup_steps", "decay_steps", "weight_decay", "clip_norm", "z_loss_coef"):
@@ -340,22 +335,16 @@ class TrainConfig:
     accumulation: int = 1  # micro-batches an optimizer step is split into
     dtype: Dtype = "float32"  # of the computation; float16 scales the loss dynamically
     param_dtype: ParamDtype = "float32"  # of the master weights and moments
-    remat: Literal["none", "dots", "block"] = (
-        "none"  # recompute in the backward pass: all but matmuls; whole blocks
-    )
+    remat: Literal["none", "dots", "block"] = "none"  # recompute: all but matmuls; whole blocks
     seed: int = 0  # of initialisation, data order and dropout
     log_every: int = 1  # steps between lines of metrics.jsonl
     eval_every: int = 0  # steps between validations; 0 = a tenth of the steps
     eval_batches: int = 20  # batches of a validation
     save_every: int = 0  # steps between checkpoints; 0 = with every validation
     keep: int = 2  # newest checkpoints kept, beside the best
-    disk_full: Literal["continue", "stop"] = (
-        "continue"  # when a checkpoint finds no room: warn and train on, or stop
-    )
+    disk_full: Literal["continue", "stop"] = "continue"  # a checkpoint finds no room: warn, or stop
     max_skips: int = 5  # updates skipped in a row (loss or gradient not finite, spikes) before the run stops
-    spike_z: float = (
-        0.0  # skip updates whose loss or gradient norm is so many deviations above recent ones; 0 = never
-    )
+    spike_z: float = 0.0  # skip updates whose loss or gradient norm is so many deviations up; 0 = never
     spike_window: int = 128  # recent steps that spikes are judged by
     loss_scale: float = 65536.0  # float16: first factor on the loss; an overflow halves it
     loss_scale_steps: int = 2000  # float16: steps without overflow after which it doubles

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxlm.config import ConfigError
@@ -109,11 +110,27 @@ def own_rows(mesh: Mesh | None, batch_size: int) -> list[int] | None:
     return sorted(rows)
 
 
-def require_all_devices(mesh: Mesh | None) -> None:
+def place_rows(
+    batch: dict[str, np.ndarray], mesh: Mesh, rows: list[int], batch_size: int
+) -> dict[str, jax.Array]:
+    """A global batch on the mesh, of which this process has the rows `rows` of each array [rows, ...]."""
+    places, at = batch_sharding(mesh), {row: i for i, row in enumerate(rows)}
+
+    def part(array: np.ndarray, index: Any) -> np.ndarray:
+        return array[[at[row] for row in range(*index[0].indices(batch_size))]]
+
+    return {
+        name: jax.make_array_from_callback(
+            (batch_size, *array.shape[1:]), places, lambda index, array=array: part(array, index)
+        )
+        for name, array in batch.items()
+    }
+
+
+def require_all_devices(mesh: Mesh) -> None:
     """Raises ConfigError unless the mesh spans the devices of all processes: each must have a share."""
-    used = 1 if mesh is None else mesh.size
-    if several() and used != jax.device_count():
+    if several() and mesh.size != jax.device_count():
         raise ConfigError(
-            f"the mesh has {used} devices but the {jax.process_count()} processes have {jax.device_count()}; "
+            f"the mesh has {mesh.size} devices but the {jax.process_count()} processes have {jax.device_count()}; "
             "name all of them in --mesh"
         )

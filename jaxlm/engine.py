@@ -1,7 +1,7 @@
 """The JAX side of the loop: state on a mesh, the jitted step, orbax checkpoints."""
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +11,8 @@ from jax.sharding import Mesh
 
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import RunConfig
+from jaxlm.distributed import own_rows, place_rows
+from jaxlm.guard import init_guard
 from jaxlm.layers import Backends
 from jaxlm.model import Params, abstract_model
 from jaxlm.optim import as_arrays, scalars
@@ -44,16 +46,22 @@ def restore_state(
     else:
         places = state_shardings(run, mesh, abstract_model(run.model))
     template = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places)
-    return checkpoints.restore(which, template)
+    older = {f"guard.{name}": value for name, value in init_guard(run)._asdict().items()}
+    return checkpoints.restore(which, template, older)
 
 
 class JaxEngine:
-    """Implements jaxlm.loop.Engine."""
+    """Implements jaxlm.loop.Engine.
+
+    Attributes:
+        rows: of every global batch, which this process is to be given; None = all, where it is alone.
+    """
 
     def __init__(self, run: RunConfig, directory: Path, backends: Backends = Backends()):
         widen_if_needed(run)
         self.run, self.directory = run, directory
         self.mesh: Mesh | None = make_mesh(run.mesh) if run.mesh.size > 1 else None
+        self.rows: list[int] | None = own_rows(self.mesh, run.train.batch_size)
         self._train, self._evaluate = make_train_step(run, self.mesh, backends), make_eval_step(run, backends)
         self.checkpoints = Checkpoints(directory, keep=run.train.keep)
         self.state: TrainState | None = None
@@ -75,9 +83,9 @@ class JaxEngine:
         self.state, self._step = state, int(state.step)
 
     @property
-    def latest_step(self) -> int | None:
-        """Step of the newest checkpoint, None without one."""
-        return self.checkpoints.latest_step
+    def candidates(self) -> list[tuple[int, int]]:
+        """(step, what `restore` calls it) of every checkpoint, newest first, damaged ones included."""
+        return [(step, step) for step in reversed(self.checkpoints.numbers)]
 
     @property
     def step(self) -> int:
@@ -90,28 +98,52 @@ class JaxEngine:
         assert self.state is not None, "initialise() or restore() first"
         return self.state.params
 
-    def train_step(self, batch: dict[str, np.ndarray]) -> Mapping[str, Any]:
-        """One optimizer step; the metrics are futures."""
+    def train_step(self, batch: dict[str, np.ndarray], stop: bool = False) -> Mapping[str, Any]:
+        """One optimizer step; the metrics are futures. Among several processes `batch` holds this one's rows."""
         assert self.state is not None, "initialise() or restore() first"
         values = as_arrays(scalars(self.run.optim, self._step), np.dtype(self.run.train.param_dtype))
+        if self.rows is not None:
+            batch = batch | {"stop": np.full(len(self.rows), stop, np.int32)}
         with self._on_mesh():
-            self.state, metrics = self._train(self.state, place_batch(batch, self.mesh), values)
+            self.state, metrics = self._train(self.state, self._place(batch), values)
         self._step += 1
         return metrics
 
     def evaluate(self, batches: Iterable[dict[str, np.ndarray]]) -> float:
         """Mean cross-entropy in nats per token, summed in double on the host."""
         with self._on_mesh():
-            sums = [self._evaluate(self.params, place_batch(batch, self.mesh)) for batch in batches]
+            sums = [self._evaluate(self.params, self._place(self._own(batch))) for batch in batches]
         return sum(float(s["loss_sum"]) for s in sums) / sum(float(s["tokens"]) for s in sums)
 
     def save(self, extra: dict[str, Any], metric: float | None) -> None:
         """An orbax checkpoint of this step."""
         self.checkpoints.save(self._step, self.state, extra, metric)
 
-    def close(self) -> None:
-        """Waits for asynchronous writes."""
-        self.checkpoints.wait()
+    def wait(self, timeout: float | None = None) -> None:
+        """Waits for an asynchronous write, at most so many seconds. Raises CheckpointError where it failed."""
+        self.checkpoints.wait(timeout)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of a checkpoint, nearly."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))
+
+    @contextlib.contextmanager
+    def profile(self, folder: Path) -> Iterator[str]:
+        """Records a trace; yields how it is opened. It should begin and end with the device at rest."""
+        with jax.profiler.trace(str(folder), create_perfetto_trace=True):
+            yield (
+                f"open the perfetto_trace.json.gz below {folder} at https://ui.perfetto.dev, "
+                f"or tensorboard --logdir {folder} (needs the package xprof)"
+            )
+
+    def _own(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return batch if self.rows is None else {name: array[self.rows] for name, array in batch.items()}
+
+    def _place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        if self.rows is None or self.mesh is None:
+            return place_batch(batch, self.mesh)
+        return place_rows(batch, self.mesh, self.rows, self.run.train.batch_size)
 
     def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)

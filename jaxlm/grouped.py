@@ -29,12 +29,14 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.shapes import Float, Int
 
 Activation = Literal["swiglu", "gelu_erf", "gelu_tanh"]
 Backend = Literal["auto", "loop", "blocks", "batched", "sliced"]
 
+EXPERT_HIDDEN = "expert_hidden"  # name of the hidden pre-activations and their layout, for remat policies
 CPU_TILES = (512, 128, 32, 8, 4)  # rows; large tiles keep the cores busy, small ones pad less
 GPU_TILES = (256, 64, 16)
 GPU_CHUNK = 16  # tiles of one batched product; bounds the gathered weights and the gradients per tile
@@ -297,7 +299,8 @@ def _run_batched(
         new = tuple(n.reshape(-1, *n.shape[2:]) for n in new)
         return _write(rows, new, at[0]), jax.tree.map(lambda t, g: t + add(g), total, grads)
 
-    total = jax.tree.map(lambda w: jnp.zeros_like(w, dtype=acc), weights) if train else None
+    zero = _zero_after(rows[0]).astype(acc)
+    total = jax.tree.map(lambda w: jnp.broadcast_to(zero, w.shape), weights) if train else None
     chunks = -(-layout.rows.sum() // (chunk * tile))
     rows, total = lax.fori_loop(0, chunks, one_chunk, (rows, total))
     return rows, jax.tree.map(lambda t, w: t.astype(w.dtype), total, weights) if train else None
@@ -334,10 +337,13 @@ def _forward(
         y = jnp.einsum("pf,fd->pd", hidden, own.down, preferred_element_type=acc)
         return (h, y if own.down_bias is None else y + own.down_bias[None]), None
 
+    zero = _zero_after(x)
     buffers = tuple(
-        jnp.zeros_like(x, shape=(layout.filled.size, w)) for w in (weights.up.shape[2], x.shape[1])
+        jnp.broadcast_to(zero, (layout.filled.size, w)) for w in (weights.up.shape[2], x.shape[1])
     )
     (h, y), _ = _RUN[plan.backend](work, plan, layout, weights, buffers, False)
+    # What the gradient reads, by name: a remat policy that keeps it runs no product of the forward pass again.
+    h, layout = checkpoint_name((h, layout), EXPERT_HIDDEN)
     y = jnp.where(layout.local[..., None], combine.astype(acc)[..., None] * y[layout.slot].astype(acc), 0)
     return y.sum(1).astype(x.dtype), (x, weights, combine, keep, layout, h)
 
@@ -369,11 +375,23 @@ def _backward(plan: _Plan, saved: Any, dy: Array) -> Any:
         return (d_rows, d_c), ExpertWeights(d_up, d_up_bias, d_down, d_down_bias)
 
     n_slots = layout.filled.size
-    buffers = (jnp.zeros_like(x, shape=(n_slots, x.shape[1])), jnp.zeros_like(x, shape=(n_slots,), dtype=acc))
+    zero = _zero_after(dy)
+    buffers = (
+        jnp.broadcast_to(zero, (n_slots, x.shape[1])),
+        jnp.broadcast_to(zero, n_slots).astype(acc),
+    )
     (d_rows, d_c), d_weights = _RUN[plan.backend](work, plan, layout, weights, buffers, True)
     dx = jnp.where(layout.local[..., None], d_rows[layout.slot].astype(acc), 0).sum(1).astype(x.dtype)
     d_combine = jnp.where(layout.local, d_c[layout.slot], 0).astype(combine.dtype)
     return dx, d_weights, None, d_combine, None
+
+
+def _zero_after(x: Array) -> Array:
+    """A zero, known to the compiler only once x is.
+
+    It fills buffers early and together where it can: those of all layers would be alive from the first to the last.
+    """
+    return lax.optimization_barrier((jnp.zeros_like(x, shape=()), x))[0]
 
 
 def _mask(keep: Array | None, assignment: Array) -> Array | None:

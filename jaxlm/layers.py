@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from jaxlm.config import ModelConfig
 from jaxlm.shapes import Bool, Float
-from jaxlm.sharding import Axes
+from jaxlm.sharding import Axes, constrain
 
 
 class Backends(NamedTuple):
@@ -94,9 +94,11 @@ class Embed(nnx.Module):
 
     def __init__(self, n: int, dim: int, *, std: float, axes: Axes, rngs: nnx.Rngs, dtype: DTypeLike):
         self.weight = make_param((n, dim), axes, std, rngs, dtype)
+        self.axes = axes
 
     def __call__(self, ids: Array) -> Array:
-        return self.weight[...][ids]
+        # As its axes say, though it may be stored split further: the partitioner would gather all rows that come out.
+        return constrain(self.weight[...], self.axes)[ids]
 
 
 def apply_rope(

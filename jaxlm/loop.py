@@ -2,22 +2,29 @@
 
 Step n is dispatched before step n-1's metrics are read, so the device never waits for the host. Every logged step is
 one line of metrics.jsonl; a checkpoint is written with every validation; the first SIGINT or SIGTERM finishes the step,
-saves and ends the run in order, the second leaves at once.
+saves and ends the run in order, the second leaves at once. Updates that the engine's guard skips are counted and their
+batches kept; too many in a row save what there is and end the run.
 """
 
 import math
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from jaxlm.bad_batches import BadBatches
+from jaxlm.checkpoint_files import DiskFullError
 from jaxlm.config import RunConfig
-from jaxlm.metrics import JsonlSink, Progress, Throughput, mfu
+from jaxlm.metrics import Progress
+from jaxlm.reporter import Reporter, host_values
+from jaxlm.trace import Trace
 
 HostBatch = dict[str, np.ndarray]
 
@@ -27,12 +34,17 @@ class Engine(Protocol):
     """One framework's side of training. Metrics may be lazy; reading them waits for the step."""
 
     @property
+    def rows(self) -> list[int] | None:
+        """Rows of every global batch that it is given, one of several processes; None = all, it is alone."""
+        ...
+
+    @property
     def step(self) -> int:
         """Optimizer steps done."""
         ...
 
-    def train_step(self, batch: HostBatch) -> Mapping[str, Any]:
-        """One optimizer step."""
+    def train_step(self, batch: HostBatch, stop: bool = False) -> Mapping[str, Any]:
+        """One optimizer step. stop: whether this process was asked to; of several, all learn of it by a metric."""
         ...
 
     def evaluate(self, batches: Iterable[HostBatch]) -> float:
@@ -40,11 +52,15 @@ class Engine(Protocol):
         ...
 
     def save(self, extra: dict[str, Any], metric: float | None) -> None:
-        """Writes a checkpoint of the current step."""
+        """Writes a checkpoint of the current step, perhaps in the background; DiskFullError without room for it."""
         ...
 
-    def close(self) -> None:
-        """Waits for writes under way."""
+    def wait(self, timeout: float | None = None) -> None:
+        """Waits for a write under way, at most so many seconds; DiskFullError where there was no room for it."""
+        ...
+
+    def profile(self, folder: Path) -> AbstractContextManager[str]:
+        """Records what runs in the context into a folder; yields how the record is opened."""
         ...
 
 
@@ -61,8 +77,12 @@ class Loader(Protocol):
         ...
 
 
-class DivergedError(RuntimeError):
-    """The loss is not finite; the message names the step."""
+class StoppedError(RuntimeError):
+    """A run that had to end early; the message is one line that says why, and what there is to continue from."""
+
+
+class DivergedError(StoppedError):
+    """The loss or the gradients were not finite, or spikes, too often in a row."""
 
 
 @dataclass
@@ -104,92 +124,177 @@ class Result:
     stopped_by: str  # '' = all steps done
 
 
+@dataclass(frozen=True)
+class Outputs:
+    """Where a run puts what is neither a checkpoint nor a line of the log; None = nowhere."""
+
+    bad_batches: Path | None = None  # folder for the batches of skipped updates
+    profile: Path | None = None  # folder for a profiler's trace of a few steps
+    on_checkpoint: Callable[[], None] | None = None  # called after every checkpoint (plots); may fail
+
+
 def fit(
     run: RunConfig,
     engine: Engine,
     loader: Loader,
     validation: list[HostBatch],
-    sink: JsonlSink,
-    flops_per_token: float | None = None,
-    peak_flops: float | None = None,
+    report: Reporter,
     best: float = math.inf,
-    on_checkpoint: Any = None,
+    outputs: Outputs = Outputs(),
 ) -> Result:
-    """Trains from `engine.step` to `run.train.steps`. Raises DivergedError when the loss is not finite.
+    """Trains from `engine.step` to `run.train.steps`.
 
-    on_checkpoint: called without arguments after every checkpoint (plots); its failure never ends a run.
+    Args:
+        run: the loop's settings.
+        engine: initialised or restored.
+        loader: at the batch of the engine's next step.
+        validation: batches of every validation.
+        report: writes the log; its meter is paused for everything that is not training.
+        best: lowest validation loss so far.
+        outputs: where else something is written.
+
+    Raises:
+        DivergedError: `train.max_skips` updates in a row were skipped. The state is saved.
+        StoppedError: a checkpoint found no room on the disk, and it was the last one or `train.disk_full` is stop.
     """
-    train, started = run.train, time.perf_counter()
-    meter = Throughput(train.batch_size * train.seq_len)
-    report = _Reporter(run, sink, meter, flops_per_token, peak_flops)
-    val_loss, pending = math.nan, None
-    with Progress(train.steps, engine.step) as bar, Interrupts() as interrupts:
-        while engine.step < train.steps:
-            metrics = engine.train_step(next(loader))
-            if pending is not None:
-                bar.update(*report(*pending))
-            pending = (engine.step, metrics)
-            # Asked once per step: a signal that comes later than this is the next step's, and nothing goes unsaved.
-            step, stopping = engine.step, interrupts.received > 0
-            evaluating, saving = step % train.eval_interval == 0, step % train.save_interval == 0
-            if not (evaluating or saving or stopping or step == train.steps):
-                continue
-            _plain(metrics["loss"])  # the step ends before the clock stops
-            with meter.paused():
-                extra = {}
-                if (evaluating or step == train.steps) and validation:
-                    val_loss = engine.evaluate(validation)
-                    best, extra = min(best, val_loss), {"val_loss": val_loss}
-                bar.update(*report(*pending, **extra))
-                pending = None
-                engine.save({"loader": loader.get_state(), "best": best}, extra.get("val_loss"))
-                _after(on_checkpoint)
-            if stopping:
-                break
-        engine.close()
-    seconds, stopped = time.perf_counter() - started, interrupts.name if engine.step < train.steps else ""
-    return Result(engine.step, report.loss, val_loss, best, seconds, stopped)
+    started = time.perf_counter()
+    with Progress(run.train.steps, engine.step) as bar, Interrupts() as interrupts:
+        loop = _Loop(run, engine, loader, validation, report, best, outputs, bar)
+        loop.run(interrupts)
+    if loop.skips.reason:
+        raise DivergedError(
+            f"{loop.skips.reason}; the last good state is the checkpoint of step {engine.step}: look at the batches, "
+            "then go on with --resume (--train.max-skips allows more)"
+        )
+    seconds, by = time.perf_counter() - started, interrupts.name or "a signal to another process"
+    stopped = by if engine.step < run.train.steps else ""
+    return Result(engine.step, report.loss, loop.val_loss, loop.best, seconds, stopped)
 
 
-class _Reporter:
-    """Turns a step's metrics into one line of the log. Blocks until the step is done."""
-
-    RATE_STEPS = 10  # steps a tokens/s figure is averaged over
+class _Loop:
+    """What `fit` does between its first step and its last."""
 
     def __init__(
-        self, run: RunConfig, sink: JsonlSink, meter: Throughput, flops: float | None, peak: float | None
-    ):
-        self.run, self.sink, self.meter, self.flops, self.peak = run, sink, meter, flops, peak
-        self.loss, self.rate, self.steps = math.nan, None, 0
+        self,
+        run: RunConfig,
+        engine: Engine,
+        loader: Loader,
+        validation: list[HostBatch],
+        report: Reporter,
+        best: float,
+        outputs: Outputs,
+        bar: Progress,
+    ) -> None:
+        self.train, self.engine, self.loader, self.validation = run.train, engine, loader, validation
+        self.report, self.outputs, self.bar = report, outputs, bar
+        self.best, self.val_loss = best, math.nan
+        self.saver = _Saver(engine, run.train.disk_full, bar.message)
+        self.skips = BadBatches(run.train, outputs.bad_batches, bar.message)
+        self.trace = Trace(engine.profile, outputs.profile, engine.step, run.train.steps, bar.message)
+        self._pending: tuple[int, Mapping[str, Any], HostBatch] | None = (
+            None  # dispatched and not yet reported
+        )
+        # Whether any of several processes was asked to stop; None where there is only this one.
+        self._shared_stop: bool | None = None if engine.rows is None else False
 
-    def __call__(self, step: int, metrics: Mapping[str, Any], **extra: float) -> tuple[int, dict[str, Any]]:
-        values = {name: _plain(value) for name, value in metrics.items()}
-        self.loss = values["loss"]
-        if not math.isfinite(self.loss):
-            raise DivergedError(
-                f"loss is {self.loss} at step {step}; lower --optim.lr or resume an earlier checkpoint"
-            )
-        tokens = self.run.train.batch_size * self.run.train.seq_len
-        self.meter.tick()
-        self.steps += 1
-        if self.rate is None or self.steps % self.RATE_STEPS == 0:
-            self.rate = self.meter.tokens_per_second() or self.rate
-        line = {"step": step, "tokens": step * tokens} | values | {"tokens_per_second": self.rate}
-        if self.flops and self.peak and self.rate:
-            line["mfu"] = mfu(self.rate, self.flops, self.peak)
-        line |= extra
-        if step % self.run.train.log_every == 0 or extra:
-            self.sink.write(line)
-        return step, line
+    def run(self, interrupts: Interrupts) -> None:
+        """Steps until the last one, a signal, or too many skips; what is under way is on the disk then."""
+        try:
+            while self.engine.step < self.train.steps:
+                self._step(interrupts.received > 0)
+                step = self.engine.step
+                evaluating = step % self.train.eval_interval == 0 or step == self.train.steps
+                if self.skips.on_edge and not evaluating:
+                    self._settle()
+                    self._flush()
+                # Asked once per step: a signal that comes later than this is the next step's, and nothing goes unsaved.
+                asked = interrupts.received > 0 if self._shared_stop is None else self._shared_stop
+                stopping = asked or bool(self.skips.reason)
+                last = stopping or step == self.train.steps
+                self.saver.check()
+                if self.trace.ends(step) or last:
+                    self._settle()
+                    self.trace.stop(step)
+                if evaluating or last or step % self.train.save_interval == 0:
+                    self._checkpoint(evaluating)
+                if stopping or self.skips.reason:
+                    break
+            self.saver.finish()
+        finally:
+            with suppress(Exception):  # whatever ended the run matters more than what a save met on the way
+                self.engine.wait()
+
+    def _step(self, asked: bool) -> None:
+        batch = next(self.loader)
+        if self.trace.starts(self.engine.step + 1):
+            self._settle()
+            self.trace.start()
+        metrics = self.engine.train_step(batch, asked)
+        self._flush()  # of the step before, while the device works on this one
+        self._pending = (self.engine.step, metrics, batch)
+
+    def _checkpoint(self, evaluating: bool) -> None:
+        self._settle()
+        with self.report.meter.paused():
+            extra = {}
+            if evaluating and self.validation:
+                self.val_loss = self.engine.evaluate(self.validation)
+                self.best, extra = min(self.best, self.val_loss), {"val_loss": self.val_loss}
+            self._flush(**extra)
+            self.saver.save({"loader": self.loader.get_state(), "best": self.best}, extra.get("val_loss"))
+            _after(self.outputs.on_checkpoint)
+
+    def _settle(self) -> None:
+        """Waits until the device has done what was dispatched."""
+        if self._pending is not None:
+            host_values({"loss": self._pending[1]["loss"]})
+
+    def _flush(self, **extra: float) -> None:
+        if self._pending is None:
+            return
+        (step, metrics, batch), self._pending = self._pending, None
+        if "stop" in metrics:
+            self._shared_stop = bool(self._shared_stop) or int(metrics["stop"]) > 0
+            metrics = {name: value for name, value in metrics.items() if name != "stop"}
+        _, line = self.report(step, metrics, **extra)
+        self.bar.update(step, line)
+        self.skips.look(line, batch)
 
 
-def _plain(value: Any) -> Any:
-    if hasattr(value, "detach"):  # a torch tensor, without importing torch
-        value = value.detach().cpu().numpy()
-    return np.asarray(value).tolist()
+class _Saver:
+    """Saves by the policy for full disks: `continue` says so and leaves it to the next save, `stop` ends the run."""
+
+    def __init__(self, engine: Engine, disk_full: str, say: Callable[[str], None]) -> None:
+        self._engine, self._stops, self._say = engine, disk_full == "stop", say
+        self._missed = ""  # why there is no checkpoint of the newest save
+
+    def save(self, extra: dict[str, Any], metric: float | None) -> None:
+        """Starts a checkpoint, after the one under way."""
+        self._try(self._engine.wait)
+        self._missed = ""
+        self._try(lambda: self._engine.save(extra, metric))
+
+    def check(self) -> None:
+        """Takes notice of a failure in the background, without waiting for anything."""
+        self._try(lambda: self._engine.wait(0.0))
+
+    def finish(self) -> None:
+        """Waits. Raises StoppedError where the end of the run is not on the disk."""
+        self._try(self._engine.wait)
+        if self._missed:
+            raise StoppedError(f"{self._missed}; free some space and go on with --resume")
+
+    def _try(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except DiskFullError as error:
+            if self._stops:
+                raise StoppedError(f"{error}; free some space and go on with --resume") from None
+            self._missed = str(error)
+            self._say(f"warning: {error}; training goes on, the next save tries again")
 
 
-def _after(callback: Any) -> None:
+def _after(callback: Callable[[], None] | None) -> None:
     if callback is None:
         return
     try:

@@ -7,16 +7,19 @@ all tokens never exist at once. Under accumulation CE, Z and router_z are sums o
 equal to the full batch; the balance loss is a product of means, taken per micro-batch and averaged.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from jaxlm.config import ModelConfig
 from jaxlm.layers import add_bias, upcast
 from jaxlm.moe import balance_loss, router_z_sum
 from jaxlm.shapes import Bool, Float, Int
+from jaxlm.sharding import BATCH_AXES, constrain, current_mesh_shape
 
 CHUNK_LOGITS = 2**26  # logits of one chunk: 256 MB in float32
 
@@ -26,6 +29,7 @@ class TokenLoss(NamedTuple):
 
     cross_entropy: Float[Array, ""]
     z: Float[Array, ""]
+    entropy: Float[Array, ""]  # of the softmax, in nats; no gradient; zero unless asked for
 
 
 class Terms(NamedTuple):
@@ -52,8 +56,9 @@ def token_loss(
     bias: Float[Array, " V"] | None,
     targets: Int[Array, "B T"],
     mask: Float[Array, "B T"],
+    entropy: bool = False,
 ) -> TokenLoss:
-    """Cross-entropy in nats and logsumexp^2, summed over tokens with weight `mask`; logits upcast.
+    """Cross-entropy in nats, logsumexp^2 and, if asked, entropy, summed over tokens with weight `mask`; logits upcast.
 
     Source of the z term: PaLM, arXiv:2204.02311, section 5.
     """
@@ -61,11 +66,18 @@ def token_loss(
     logits = hidden @ weight.astype(hidden.dtype)
     wide = upcast(logits if bias is None else add_bias(logits, bias))
     log_z = jax.nn.logsumexp(wide, axis=-1)
-    # A masked sum instead of a gather: its gradient needs no scatter.
-    hit = jax.lax.broadcasted_iota(jnp.int32, wide.shape, 2) == targets[..., None]
-    target_logit = jnp.sum(jnp.where(hit, wide, 0), axis=-1)
+    # A product instead of a gather: its gradient needs no scatter, and no constant is as large as the logits.
+    hit = jnp.arange(wide.shape[-1], dtype=jnp.int32) == targets[..., None]
+    target_logit = jnp.sum(wide * hit.astype(wide.dtype), axis=-1)
     mask = mask.astype(wide.dtype)
-    return TokenLoss(jnp.sum((log_z - target_logit) * mask), jnp.sum(log_z**2 * mask))
+    spread = _entropy(wide, log_z) if entropy else jnp.zeros_like(mask)
+    return TokenLoss(jnp.sum((log_z - target_logit) * mask), jnp.sum(log_z**2 * mask), jnp.sum(spread * mask))
+
+
+def _entropy(logits: Float[Array, "B T V"], log_z: Float[Array, "B T"]) -> Float[Array, "B T"]:
+    """H = log Z - sum p x, in nats."""
+    x, log_z = jax.lax.stop_gradient((logits, log_z))
+    return log_z - jnp.sum(jnp.exp(x - log_z[..., None]) * x, axis=-1)
 
 
 def chunked_token_loss(
@@ -75,12 +87,47 @@ def chunked_token_loss(
     targets: Int[Array, "B T"],
     mask: Float[Array, "B T"],
     chunk_logits: int = CHUNK_LOGITS,
+    entropy: bool = False,
 ) -> TokenLoss:
-    """`token_loss` over chunks of T, logits recomputed in the backward pass; one chunk where all logits are small."""
+    """`token_loss` over chunks of T, logits recomputed in the backward pass; one chunk where all logits are small.
+
+    Under a mesh each device takes its own rows and, along `tensor`, its own part of T with the whole vocabulary:
+    whatever its size, no logit is made twice. `chunk_logits` is per device, and the head's gradient is summed over
+    devices once, after the last chunk.
+    """
+    shape = current_mesh_shape()
+    if not shape or hidden.shape[0] % math.prod(shape[axis] for axis in BATCH_AXES):
+        return _in_chunks(hidden, weight, bias, targets, mask, chunk_logits, entropy)
+    # Pinned to where the master lies, so that what is gathered is the copy in the computation's dtype.
+    weight = constrain(weight, ("embed", "vocab"))
+    tail = -hidden.shape[1] % shape["tensor"]
+    hidden, targets, mask = (
+        jnp.pad(x, ((0, 0), (0, tail), *((0, 0),) * (x.ndim - 2))) for x in (hidden, targets, mask)
+    )
+
+    def island(x: Array, weight: Array, bias: Array | None, targets: Array, mask: Array) -> TokenLoss:
+        own = _in_chunks(x, weight, bias, targets, mask, chunk_logits, entropy)
+        return jax.lax.psum(own, (*BATCH_AXES, "tensor"))
+
+    tokens, whole = PartitionSpec(BATCH_AXES, "tensor"), PartitionSpec()
+    in_specs = (tokens, whole, None if bias is None else whole, tokens, tokens)
+    made = jax.shard_map(island, in_specs=in_specs, out_specs=whole, check_vma=False)
+    return made(hidden, weight, bias, targets, mask)
+
+
+def _in_chunks(
+    hidden: Array,
+    weight: Array,
+    bias: Array | None,
+    targets: Array,
+    mask: Array,
+    chunk_logits: int,
+    entropy: bool,
+) -> TokenLoss:
     B, T, _ = hidden.shape
     length = max(1, min(T, chunk_logits // (B * weight.shape[1])))
     if length == T:
-        return token_loss(hidden, weight, bias, targets, mask)
+        return token_loss(hidden, weight, bias, targets, mask, entropy)
     chunks = -(-T // length)
 
     def split(x: Array) -> Array:
@@ -91,12 +138,11 @@ def chunked_token_loss(
     @jax.checkpoint
     def body(total: TokenLoss, chunk: tuple[Array, Array, Array]) -> tuple[TokenLoss, None]:
         x, y, m = chunk
-        return TokenLoss(
-            *(a + b for a, b in zip(total, token_loss(x, weight, bias, y, m), strict=True))
-        ), None
+        part = token_loss(x, weight, bias, y, m, entropy)
+        return TokenLoss(*(a + b for a, b in zip(total, part, strict=True))), None
 
     zero = jnp.zeros((), jnp.promote_types(hidden.dtype, jnp.float32))
-    total, _ = jax.lax.scan(body, TokenLoss(zero, zero), (split(hidden), split(targets), split(mask)))
+    total, _ = jax.lax.scan(body, TokenLoss(zero, zero, zero), (split(hidden), split(targets), split(mask)))
     return total
 
 

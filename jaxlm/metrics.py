@@ -4,6 +4,7 @@
 resumed.
 """
 
+import errno
 import json
 import math
 import os
@@ -17,9 +18,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
+from jaxlm.cli import say
 from jaxlm.config import InputError
 
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 PLAIN_INTERVAL = 30.0  # seconds between lines where there is no terminal
+
+# Keys that say how fast and on what a step ran; all others are the same, bit by bit, however often a run was stopped.
+VOLATILE = ("tokens_per_second", "mfu", "peak_memory_bytes")
 
 # Dense bfloat16 FLOP/s of one device by a part of its name in JAX; the makers' data sheets, without sparsity.
 PEAK_BF16 = {
@@ -50,8 +56,11 @@ def bits_per_byte(loss: float, bytes_per_token: float | int) -> float:
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
-    """Peak FLOP/s of one device in `dtype` by `jax.Device.device_kind`; None where it is not known."""
-    if dtype != "bfloat16":
+    """Peak FLOP/s of one device in `dtype` by `jax.Device.device_kind`; None where it is not known.
+
+    In float16 the GPUs of the table are as fast as in bfloat16; TPUs have no float16.
+    """
+    if dtype != "bfloat16" and (dtype != "float16" or "TPU" in device_kind):
         return None
     return next((peak for name, peak in PEAK_BF16.items() if name in device_kind), None)
 
@@ -110,18 +119,21 @@ class Throughput:
         return self._clock() if self._paused_at is None else self._paused_at
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl. A last line cut short by a kill is left out; MetricsError on any other
-    damage.
+def read_metrics(path: Path, most: int | None = None) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; of a long one about `most`, evenly chosen, and all with a validation or a skip.
+
+    A last line cut short by a kill is left out; MetricsError on any other damage.
     """
     try:
         lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
         raise MetricsError(f"{path}: {error.strerror}") from None
+    lines.pop()  # what follows the last newline was not written to its end
+    stride = 1 if most is None else math.ceil(max(1, len(lines) / most))
     rows = []
-    for number, line in enumerate(
-        lines[:-1], start=1
-    ):  # what follows the last newline was not written to its end
+    for number, line in enumerate(lines, start=1):
+        if (len(lines) - number) % stride and b'"val_loss"' not in line and b'"skipped": 1' not in line:
+            continue
         try:
             row = json.loads(line)
             rows.append({"step": int(row["step"])} | {key: _decoded(value) for key, value in row.items()})
@@ -131,7 +143,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class JsonlSink:
-    """Appends to metrics.jsonl; usable as a context manager."""
+    """Appends to metrics.jsonl; usable as a context manager.
+
+    Where the disk is full, lines wait in memory until there is room, so that a run can outlast it.
+    """
 
     def __init__(self, path: Path, resume_step: int | None) -> None:
         """`resume_step` is the step the state was restored from: later lines are cut, they will be written
@@ -145,7 +160,9 @@ class JsonlSink:
             raise MetricsError(f"{self.path} exists already; resume its run or write to another directory")
         if resume_step is not None and self.path.exists():
             self._cut(resume_step)
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)
+        self._size = self.path.stat().st_size
+        self._waiting, self._full = b"", False
 
     def _cut(self, step: int) -> None:
         rows = [row for row in read_metrics(self.path) if row["step"] <= step]
@@ -169,13 +186,33 @@ class JsonlSink:
             raise MetricsError(
                 f"{self.path}: step {step} is not beyond step {self._last}, the last one written"
             )
-        self._file.write(_line(row))
-        self._file.flush()
+        self._waiting += _line(row).encode()
         self._last = step
+        self._drain()
 
     def close(self) -> None:
         """Closes the file."""
+        self._drain()
+        if self._waiting:
+            lines = self._waiting.count(b"\n")
+            say(f"warning: {self.path} lacks its last {lines} lines: there was no room for them")
         self._file.close()
+
+    def _drain(self) -> None:
+        """Writes all lines that wait, or none of them."""
+        data, done = memoryview(self._waiting), 0
+        try:
+            while done < len(data):
+                done += self._file.write(data[done:]) or 0
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            self._file.truncate(self._size)
+            if not self._full:
+                say(f"warning: {self.path}: {error.strerror}; its lines wait in memory until there is room")
+            self._full = True
+            return
+        self._size, self._waiting, self._full = self._size + done, b"", False
 
     def __enter__(self) -> "JsonlSink":
         return self
@@ -271,6 +308,10 @@ class Progress:
             parts.append(f"val {float(loss):.3f}")
         if (rate := self._shown.get("tokens_per_second")) is not None:
             parts.append(f"{short(float(rate))} tok/s")
+        if (share := self._shown.get("mfu")) is not None:
+            parts.append(f"mfu {100 * float(share):.0f} %")
+        if skips := self._shown.get("skips"):
+            parts.append(f"{int(skips)} skipped")
         if step >= self.total:
             parts.append(f"{_clock(now - self._began)} in all")
         elif self._first is None or step <= self._first[0]:

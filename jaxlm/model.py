@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 
 from jaxlm.attention import Attention, KVCache, LayerCache, Visibility
 from jaxlm.config import ModelConfig
+from jaxlm.grouped import EXPERT_HIDDEN
 from jaxlm.layers import (
     MLP,
     Backends,
@@ -29,7 +30,7 @@ from jaxlm.layers import (
     make_param,
     split_key,
 )
-from jaxlm.moe import MoE
+from jaxlm.moe import ROUTING, MoE
 from jaxlm.rope_table import rope_table
 from jaxlm.shapes import Bool, Float, Int
 from jaxlm.sharding import constrain
@@ -144,7 +145,7 @@ class Decoder(nnx.Module):
         rope = self._rope(positions, x.dtype)
         acts, layers = {"embed": x}, []
         for i, block in enumerate(self.blocks):
-            run = _rematerialised(block) if self.remat == "block" else block
+            run = block if self.remat == "none" else _rematerialised(block, self.remat)
             layer_cache = None if cache is None else cache.layers[i]
             chosen = None if expert_ids is None else expert_ids[:, :, i]
             x, block_acts, layer_cache = run(x, rope, visibility, valid, train, layer_cache, keys[i], chosen)
@@ -211,15 +212,37 @@ def _visibility(
     return Visibility(query_index, slots, segments, known, kept), cache._replace(segment=known)
 
 
-def _rematerialised(block: Block) -> Callable[..., Any]:
-    """The block as a function whose activations are recomputed in the backward pass."""
+def _rematerialised(block: Block, remat: str) -> Callable[..., Any]:
+    """The block as a function whose activations are recomputed in the backward pass, all but what `remat` keeps."""
     graphdef, state = nnx.split(block)
 
     def run(state, x, rope, visibility, valid, train, *rest):
         return nnx.merge(graphdef, state)(x, rope, visibility, valid, train, *rest)
 
-    checkpointed = jax.checkpoint(run, static_argnums=(5,))
+    policy = _keeps_dots if remat == "dots" else _KEPT_ROUTING
+    checkpointed = jax.checkpoint(run, static_argnums=(5,), policy=policy)
     return lambda *args: checkpointed(state, *args)
+
+
+_POLICIES = jax.checkpoint_policies
+# A routing is kept even where all else is recomputed: other roundings must not send a token to other experts.
+_KEPT_ROUTING = _POLICIES.save_only_these_names(ROUTING)
+_KEPT_NAMES = _POLICIES.save_only_these_names(ROUTING, EXPERT_HIDDEN)
+_CUDNN = (
+    "dot_product_attention_fwd_wrapper"  # jax's primitive: output and softmax sums, which its gradient reads
+)
+
+
+def _keeps_dots(primitive: Any, *shapes: Any, **parameters: Any) -> Any:
+    """Products of activations with weights, fused attention, experts' hidden layers: what is expensive to make again.
+
+    Scores, whose products have batch dimensions, are made again.
+    """
+    if primitive.name == _CUDNN or _POLICIES.dots_with_no_batch_dims_saveable(
+        primitive, *shapes, **parameters
+    ):
+        return True
+    return _KEPT_NAMES(primitive, *shapes, **parameters)
 
 
 class Split(NamedTuple):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
@@ -18,7 +19,11 @@ from jaxlm.config import ModelConfig
 from jaxlm.grouped import Activation, Backend, ExpertWeights, expert_mlp
 from jaxlm.layers import MLP, Backends, Linear, init_std, make_param, split_key, upcast
 from jaxlm.shapes import Bool, Float, Int
-from jaxlm.sharding import BATCH_AXES, current_mesh_shape
+from jaxlm.sharding import BATCH_AXES, by_rows, constrain, current_mesh_shape
+
+ROUTING = "routing"  # name of the chosen experts, for remat policies
+UP_AXES = ("experts", None, "ffn")
+DOWN_AXES = ("experts", "ffn", None)
 
 
 class Routing(NamedTuple):
@@ -39,7 +44,9 @@ def route(
     """
     probs = jax.nn.softmax(logits, axis=-1)
     if ids is None:
-        _, ids = jax.lax.top_k(jax.lax.stop_gradient(logits), n_active)
+        # The partitioner would gather all tokens for it.
+        ids = by_rows(lambda x: jax.lax.top_k(x, n_active)[1], jax.lax.stop_gradient(logits))
+        ids = checkpoint_name(ids, ROUTING)
     # A one-hot product instead of a gather: its gradient needs no scatter.
     weights = jnp.sum(probs[..., None, :] * jax.nn.one_hot(ids, logits.shape[-1], dtype=probs.dtype), axis=-1)
     if renormalize:
@@ -54,8 +61,10 @@ def within_capacity(
     B, T, A = ids.shape
     capacity = int(factor * B * T / n_experts)
     chosen_PE = jax.nn.one_hot(ids, n_experts, dtype=jnp.int32).sum(2) * valid[..., None]
-    position_PE = jnp.cumsum(chosen_PE.reshape(B * T, n_experts), axis=0)
-    fits_PE = (position_PE <= capacity).reshape(B, T, n_experts)
+    # Row by row, then what the rows before took: on a mesh only these totals, [B, E], leave their device.
+    taken_BE = chosen_PE.sum(1)
+    position_PE = jnp.cumsum(chosen_PE, axis=1) + (jnp.cumsum(taken_BE, axis=0) - taken_BE)[:, None]
+    fits_PE = position_PE <= capacity
     return jnp.any(jax.nn.one_hot(ids, n_experts, dtype=bool) & fits_PE[:, :, None], axis=-1)
 
 
@@ -111,14 +120,12 @@ class Experts(nnx.Module):
         E, D, F, bias = config.moe.n_experts, config.d_model, config.expert_d_ff, config.moe.expert_bias
         gated = config.mlp == "swiglu"
         up_std, down_std = init_std(config, D), init_std(config, F, residual=True)
-        # The ffn axis of gate_up holds two halves, so a contiguous split would separate pairs: it stays whole.
-        up = make_param((E, D, 2 * F if gated else F), ("experts", "embed", None), up_std, rngs, dtype)
-        up_bias = (
-            make_param((E, 2 * F if gated else F), ("experts", None), 0.0, rngs, dtype) if bias else None
-        )
+        width = 2 * F if gated else F
+        up = make_param((E, D, width), UP_AXES, up_std, rngs, dtype)
+        up_bias = make_param((E, width), ("experts", "ffn"), 0.0, rngs, dtype) if bias else None
         self.gate_up, self.up = (up, None) if gated else (None, up)
         self.gate_up_bias, self.up_bias = (up_bias, None) if gated else (None, up_bias)
-        self.down = make_param((E, F, D), ("experts", "ffn", "embed"), down_std, rngs, dtype)
+        self.down = make_param((E, F, D), DOWN_AXES, down_std, rngs, dtype)
         self.down_bias = make_param((E, D), ("experts", None), 0.0, rngs, dtype) if bias else None
         self.kind: Activation = config.mlp
         self.rate = config.dropout
@@ -133,9 +140,12 @@ class Experts(nnx.Module):
         def cast(bias: nnx.Param | None) -> Array | None:
             return None if bias is None else bias[...].astype(dtype)
 
-        return ExpertWeights(
-            up[...].astype(dtype), cast(up_bias), self.down[...].astype(dtype), cast(self.down_bias)
+        # Pinned to where the masters lie, so that what is gathered for use is the cast copy, not the masters.
+        up, down = (
+            constrain(up[...].astype(dtype), UP_AXES),
+            constrain(self.down[...].astype(dtype), DOWN_AXES),
         )
+        return ExpertWeights(up, cast(up_bias), down, cast(self.down_bias))
 
     def __call__(
         self,
@@ -173,31 +183,54 @@ def _over_mesh(
 ) -> Array:
     """Expert parallelism: gather tokens along `expert`, compute the local experts, sum and scatter back.
 
-    Experts are not split over `tensor`; their weights are gathered over `fsdp` on entry.
+    Along `tensor` each device computes its columns of every expert's hidden layer, and the outputs are summed. The
+    weights are gathered over `fsdp` on entry. A hidden layer that `tensor` does not divide is computed whole.
     """
-    n_experts = stacked.down.shape[0]
-    per_device = n_experts // current_mesh_shape()["expert"]
+    shape, n_experts, hidden = current_mesh_shape(), *stacked.down.shape[:2]
+    per_device, tensor = n_experts // shape["expert"], shape["tensor"]
+    split = "tensor" if tensor > 1 and hidden % tensor == 0 else None
 
-    def island(x: Array, ids: Array, weights: Array, stacked: ExpertWeights, key: Array | None) -> Array:
+    def island(x: Array, ids: Array, weights: Array, halves: ExpertWeights, key: Array | None) -> Array:
         first = jax.lax.axis_index("expert") * per_device
         x, ids, weights = (jax.lax.all_gather(a, "expert", axis=0, tiled=True) for a in (x, ids, weights))
         ids = jnp.where((ids >= first) & (ids < first + per_device), ids - first, per_device)
         if key is not None:
-            for axis in BATCH_AXES:
+            for axis in (*BATCH_AXES, *([split] if split else [])):
                 key = jax.random.fold_in(key, jax.lax.axis_index(axis))
-        out = local(x, ids, weights, stacked, key)
+        if split and halves.down_bias is not None:  # of the sum over `tensor`, one device adds it
+            halves = halves._replace(down_bias=jnp.where(jax.lax.axis_index(split) == 0, halves.down_bias, 0))
+        out = local(x, ids, weights, _merge_halves(halves), key)
+        out = jax.lax.psum(out, split) if split else out
         return jax.lax.psum_scatter(out, "expert", scatter_dimension=0, tiled=True)
 
-    rows, experts = PartitionSpec(BATCH_AXES), PartitionSpec("expert")
-    in_specs = (
-        rows,
-        rows,
-        rows,
-        jax.tree.map(lambda _: experts, stacked),
-        None if key is None else PartitionSpec(),
+    halves = _split_halves(stacked)
+    columns = ExpertWeights(
+        PartitionSpec("expert", None, None, split),
+        None if stacked.up_bias is None else PartitionSpec("expert", None, split),
+        PartitionSpec("expert", split),
+        None if stacked.down_bias is None else PartitionSpec("expert"),
     )
-    return jax.shard_map(island, in_specs=in_specs, out_specs=rows, check_vma=False)(
-        x, ids, weights, stacked, key
+    rows = PartitionSpec(BATCH_AXES)
+    in_specs = (rows, rows, rows, columns, None if key is None else PartitionSpec())
+    made = jax.shard_map(island, in_specs=in_specs, out_specs=rows, check_vma=False)
+    return made(x, ids, weights, halves, key)
+
+
+def _split_halves(stacked: ExpertWeights) -> ExpertWeights:
+    """Gate and up on an axis of their own, [E, D, 2 or 1, F], so that a split of F keeps their columns paired."""
+    n_experts, hidden, _ = stacked.down.shape
+    up, bias = stacked.up, stacked.up_bias
+    return stacked._replace(
+        up=up.reshape(n_experts, up.shape[1], -1, hidden),
+        up_bias=None if bias is None else bias.reshape(n_experts, -1, hidden),
+    )
+
+
+def _merge_halves(halves: ExpertWeights) -> ExpertWeights:
+    """The inverse of `_split_halves`."""
+    up, bias = halves.up, halves.up_bias
+    return halves._replace(
+        up=up.reshape(*up.shape[:2], -1), up_bias=None if bias is None else bias.reshape(len(bias), -1)
     )
 
 

@@ -9,7 +9,6 @@ JAX_PLATFORMS=cuda,cpu must be set before jax is imported; `experiments.plan` do
 """
 
 import importlib.metadata
-import re
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +20,8 @@ from jax.sharding import AxisType, Mesh
 from jaxlm.attention import init_cache
 from jaxlm.cached import step
 from jaxlm.config import ConfigError, MeshConfig, ModelConfig, RunConfig
+from jaxlm.estimate import DEVICES, fuses_attention
+from jaxlm.hlo import collectives
 from jaxlm.layers import Backends
 from jaxlm.model import abstract_model
 from jaxlm.optim import Scalars
@@ -28,23 +29,26 @@ from jaxlm.quant import abstract_quantized
 from jaxlm.sharding import batch_sharding, replicated
 from jaxlm.train import make_train_step, state_shapes, state_shardings
 
-# What the compiler asks of an H200: NVIDIA's data sheet, and the CUDA programming guide on compute capability 9.0.
-H200 = """
-gpu_device_info {
-  threads_per_block_limit: 1024  threads_per_warp: 32  core_count: 132  fpus_per_core: 128
-  shared_memory_per_block: 49152  shared_memory_per_core: 233472  shared_memory_per_block_optin: 232448
-  threads_per_core_limit: 2048  registers_per_core_limit: 65536  registers_per_block_limit: 65536
-  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
-  memory_bandwidth: 4800000000000  l2_cache_size: 52428800  clock_rate_ghz: 1.98
-  device_memory_size: 150000000000  cuda_compute_capability { major: 9 }
+
+class Target(NamedTuple):
+    """What the compiler asks of a GPU: NVIDIA's data sheets, and the CUDA programming guide on compute capabilities."""
+
+    capability: tuple[int, int]
+    cores: int
+    shared_per_core: int  # bytes of shared memory; of a block at most 1 KiB less
+    bandwidth: float  # bytes per second
+    l2: int
+    clock: float  # GHz
+
+
+TARGETS: dict[str, Target] = {
+    "h200": Target((9, 0), 132, 233_472, 4.8e12, 52_428_800, 1.98),
+    "h100": Target((9, 0), 132, 233_472, 3.35e12, 52_428_800, 1.98),
+    "a100-80": Target((8, 0), 108, 167_936, 2.039e12, 41_943_040, 1.41),
+    "a100-40": Target((8, 0), 108, 167_936, 1.555e12, 41_943_040, 1.41),
 }
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 19 }
-device_description_str: "NVIDIA H200"
-"""
-H200_BYTES = 141e9
+H200_BYTES = DEVICES["h200"].memory
 CUDNN_VERSION = 91900
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
 class Compiled(NamedTuple):
@@ -53,6 +57,7 @@ class Compiled(NamedTuple):
     peak_bytes: int
     state_bytes: int
     temporary_bytes: int
+    argument_bytes: int  # the state as it lies, and the batch
     collectives: dict[str, int]
     text: str  # optimized HLO
 
@@ -81,30 +86,58 @@ def require_plugin() -> None:
         )
 
 
-def h200_mesh(config: MeshConfig) -> Mesh:
-    """A mesh of H200s of one host that exist only for the compiler."""
+def target_text(name: str) -> str:
+    """The compiler's description of a device. Raises ConfigError for one that it has none of."""
+    if name not in TARGETS:
+        raise ConfigError(f"there is no compiler target for {name!r}; targets are {', '.join(TARGETS)}")
+    one, (major, minor) = TARGETS[name], TARGETS[name].capability
+    return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024  threads_per_warp: 32  core_count: {one.cores}  fpus_per_core: 128
+  shared_memory_per_block: 49152  shared_memory_per_core: {one.shared_per_core}
+  shared_memory_per_block_optin: {one.shared_per_core - 1024}
+  threads_per_core_limit: 2048  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  memory_bandwidth: {int(one.bandwidth)}  l2_cache_size: {one.l2}  clock_rate_ghz: {one.clock}
+  device_memory_size: {int(DEVICES[name].memory)}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 19 }}
+device_description_str: "NVIDIA {name.upper()}"
+"""
+
+
+def absent_mesh(config: MeshConfig, device: str = "h200") -> Mesh:
+    """A mesh of GPUs of one host that exist only for the compiler."""
     topology = topologies.get_topology_desc(
-        platform="cuda", target_config=H200, topology=f"1x1x{config.size}"
+        platform="cuda", target_config=target_text(device), topology=f"1x1x{config.size}"
     )
     shape = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor, "expert": config.expert}
     grid = np.array(topology.devices).reshape(tuple(shape.values()))
     return Mesh(grid, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 
 
-def compile_step(run: RunConfig) -> Compiled:
-    """Compiles the run's training step for H200s. Raises ConfigError without the plugin."""
+def compile_step(run: RunConfig, device: str = "h200") -> Compiled:
+    """Compiles the run's training step for a device of TARGETS. Raises ConfigError without the plugin."""
     require_plugin()
     _tell_cudnn_version()
-    mesh = h200_mesh(run.mesh)
-    half = run.train.dtype == "bfloat16" and not run.model.dropout and not run.model.attn_bias_table
-    backends = Backends(attention="cudnn" if half else "xla", experts="batched")
+    mesh = absent_mesh(run.mesh, device)
+    backends = Backends(attention="cudnn" if fuses_attention(run) else "xla", experts="batched")
     with jax.set_mesh(mesh):
-        compiled = make_train_step(run, mesh, backends).lower(*_arguments(run, mesh)).compile()
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+        compiled = make_train_step(run, mesh, backends).lower(*step_arguments(run, mesh)).compile()
+    memory: Any = compiled.memory_analysis()
+    text = compiled.as_text() or ""
     state = _bytes(state_shapes(run)) // run.mesh.size
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    counts = {kind: len(re.findall(rf" {kind}(?:-start)?\(", text)) for kind in COLLECTIVES}
-    return Compiled(peak + memory.temp_size_in_bytes, state, memory.temp_size_in_bytes, counts, text)
+    return Compiled(
+        peak + memory.temp_size_in_bytes,
+        state,
+        memory.temp_size_in_bytes,
+        memory.argument_size_in_bytes,
+        {kind: traffic.count for kind, traffic in collectives(text).items()},
+        text,
+    )
 
 
 def compile_decode(config: ModelConfig, quant: str | None, slots: int, batch: int) -> Decoding:
@@ -135,7 +168,7 @@ def compile_decode(config: ModelConfig, quant: str | None, slots: int, batch: in
         carry = (jnp.zeros((), jnp.int32), cache, tokens, positions)
         return jax.lax.while_loop(lambda carry: carry[0] < count, one, carry)
 
-    place = replicated(h200_mesh(MeshConfig()))
+    place = replicated(absent_mesh(MeshConfig()))
     arguments = jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place),
         (model.shapes, cache, row, row, count),
@@ -157,7 +190,8 @@ def _bytes(shapes: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
 
-def _arguments(run: RunConfig, mesh: Mesh) -> tuple[Any, Any, Scalars]:
+def step_arguments(run: RunConfig, mesh: Mesh) -> tuple[Any, Any, Scalars]:
+    """State, batch and scalars of a step as shapes with their places, to lower it with."""
     places = state_shardings(run, mesh, abstract_model(run.model))
 
     def struct(shape: jax.ShapeDtypeStruct, place: Any) -> jax.ShapeDtypeStruct:

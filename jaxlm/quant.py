@@ -82,19 +82,20 @@ def is_quantized(path: str) -> bool:
     return _PROJECTION.fullmatch(path) is not None
 
 
-def dynamic_map() -> np.ndarray:
-    """The signed dynamic 8-bit map, float32 [256], ascending: seven decades, each twice as fine as the one below.
+def dynamic_map(signed: bool = True) -> np.ndarray:
+    """The dynamic 8-bit map, float32 [256], ascending: seven decades, each twice as fine as the one below.
 
     Source: arXiv:1511.04561, section 3; the midpoints of 2^i equal parts of [0.1, 1] times 10^(i-6), zero and one.
+    Without a sign there is room for twice as many parts.
     """
     start, values = np.float32(0.1), [np.zeros(1, np.float32), np.ones(1, np.float32)]
     for i in range(7):
-        parts = 2**i
+        parts = 2**i if signed else 2 ** (i + 1)
         step, k = (np.float32(1) - start) / np.float32(parts), np.arange(parts + 1, dtype=np.float64)
         # In double, so that each point is rounded once, and from the nearer end.
         points = np.where(k < (parts + 1) // 2, start + step * k, 1 - step * (parts - k)).astype(np.float32)
         middles = np.float32(10.0 ** (i - 6)) * ((points[:-1] + points[1:]) / np.float32(2))
-        values += [middles, -middles]
+        values += [middles, -middles] if signed else [middles]
     return np.sort(np.concatenate(values))
 
 

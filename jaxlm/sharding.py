@@ -2,11 +2,14 @@
 
 Parameters and activations name their axes logically; only this table knows the mesh. All mesh axes are Auto: the
 compiler places collectives, models pin activations with `constrain` at block boundaries, and `shard_map` islands
-(attention kernels, experts) use the mesh that `jax.set_mesh` made current.
+(attention kernels, experts, the loss) use the mesh that `jax.set_mesh` made current.
+
+`data` alone keeps copies. Along every other axis each parameter of two or more dimensions is stored split, whatever
+its sizes: an axis that does not divide its dimension moves to another one, and the parameter is gathered for use.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -16,12 +19,12 @@ from jaxlm.config import ConfigError, MeshConfig
 
 LOGICAL_TO_MESH: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),  # experts see tokens of all, the rest treats `expert` as data
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "expert"),  # outside the experts, `expert` is a second fsdp
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "ffn": ("tensor",),
     "vocab": ("tensor",),
-    "experts": ("expert",),
+    "experts": ("expert", "fsdp"),  # on the first dimension a gather moves whole experts and turns no layout
 }
 BATCH_AXES = LOGICAL_TO_MESH["batch"]
 
@@ -47,27 +50,55 @@ def spec(axes: Axes, table: dict[str, tuple[str, ...]] = LOGICAL_TO_MESH) -> Par
     flat = [name for names in physical for name in names]
     if len(set(flat)) != len(flat):
         raise ValueError(f"logical axes {axes} collide on the mesh: {physical}")
-    return PartitionSpec(
-        *(None if not names else names[0] if len(names) == 1 else names for names in physical)
-    )
+    return _partition(physical)
 
 
 def sharding(mesh: Mesh, shape: tuple[int, ...], axes: Axes) -> NamedSharding:
-    """How an array is laid out. A dimension that its mesh axes do not divide stays whole (a vocabulary of 200,019)."""
+    """How a parameter is stored, and what goes with it (gradient, moments).
+
+    A mesh axis that does not divide its dimension (a vocabulary of 200,019) splits another one, the largest that it
+    divides. Vectors stay whole then. Raises ValueError where shape and axes differ in length, or axes collide.
+    """
     if len(shape) != len(axes):
         raise ValueError(
             f"shape {shape} has {len(shape)} dimensions but logical axes {axes} name {len(axes)}"
         )
-    entries = [
-        entry if size % _ways(mesh, entry) == 0 else None
-        for size, entry in zip(shape, spec(axes), strict=True)
-    ]
-    return NamedSharding(mesh, PartitionSpec(*entries))
+    spec(axes)
+    entries, homeless = _fit(mesh.shape, shape, axes)
+    if len(shape) > 1:
+        named = {name for axis in axes if axis is not None for name in LOGICAL_TO_MESH[axis]}
+        homeless += [name for name in mesh.shape if name not in named and name != "data"]
+        by_size = sorted(range(len(shape)), key=lambda i: -shape[i])
+        for name in homeless:
+            for i in by_size:
+                if shape[i] % (_ways(mesh.shape, entries[i]) * mesh.shape[name]) == 0:
+                    entries[i].append(name)
+                    break
+    return NamedSharding(mesh, _partition(entries))
 
 
-def _ways(mesh: Mesh, entry: str | tuple[str, ...] | None) -> int:
-    names = () if entry is None else (entry,) if isinstance(entry, str) else entry
-    return math.prod(mesh.shape[name] for name in names)
+def _fit(sizes: Mapping[str, int], shape: tuple[int, ...], axes: Axes) -> tuple[list[list[str]], list[str]]:
+    """Mesh axes of each dimension, as far as they divide it, and those that do not."""
+    entries: list[list[str]] = []
+    homeless: list[str] = []
+    for size, axis in zip(shape, axes, strict=True):
+        entries.append([])
+        for name in () if axis is None else LOGICAL_TO_MESH[axis]:
+            if name not in sizes:
+                continue
+            fits = size % (_ways(sizes, entries[-1]) * sizes[name]) == 0
+            (entries[-1] if fits else homeless).append(name)
+    return entries, homeless
+
+
+def _ways(sizes: Mapping[str, int], names: Sequence[str]) -> int:
+    return math.prod(sizes[name] for name in names)
+
+
+def _partition(entries: Sequence[Sequence[str]]) -> PartitionSpec:
+    return PartitionSpec(
+        *(None if not names else names[0] if len(names) == 1 else tuple(names) for names in entries)
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -87,7 +118,26 @@ def current_mesh_shape() -> dict[str, int]:
 
 
 def constrain(x: jax.Array, axes: Axes) -> jax.Array:
-    """Pins the layout of an activation under the current mesh; does nothing without one."""
-    if math.prod(current_mesh_shape().values()) == 1:
+    """Pins the layout of an activation under the current mesh; does nothing without one.
+
+    A mesh axis that does not divide its dimension is left out, and so is one that a `shard_map` around us has taken.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(axes))
+    free = {
+        name: mesh.shape[name]
+        for name, kind in zip(mesh.axis_names, mesh.axis_types)
+        if kind == AxisType.Auto
+    }
+    entries, _ = _fit(free, x.shape, axes)
+    return jax.lax.with_sharding_constraint(x, _partition(entries))
+
+
+def by_rows(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """`function` of each device's rows of the batch; it must treat rows alike. All at once without a mesh."""
+    ways = math.prod(current_mesh_shape().get(name, 1) for name in BATCH_AXES)
+    if ways == 1 or x.shape[0] % ways:
+        return function(x)
+    rows = PartitionSpec(BATCH_AXES)
+    return jax.shard_map(function, in_specs=rows, out_specs=rows, check_vma=False)(x)

@@ -8,7 +8,6 @@ M holds rows m, m+M, m+2M, ... so that every device keeps its own rows when the 
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,12 +16,14 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from jaxlm.config import ModelConfig, RunConfig
+from jaxlm.config import RunConfig
+from jaxlm.guard import Guard, corrected, guard_metrics, init_guard, judge, keep, next_guard
 from jaxlm.layers import Backends
 from jaxlm.loss import Counts, Terms, chunked_token_loss, total_loss
 from jaxlm.model import Abstract, Params, abstract_model, init_params, merge_model
-from jaxlm.optim import Scalars, clip_scale, global_norm, make_optimizer
+from jaxlm.optim import Scalars, clip_scale, global_norm, make_optimizer, opt_state_shardings
 from jaxlm.sharding import batch_sharding, replicated, sharding
+from jaxlm.vitals import expert_metrics, norms, router_entropy
 
 Batch = dict[str, Array]
 KEPT_WIDE = (
@@ -34,10 +35,11 @@ KEPT_WIDE = (
 class TrainState(NamedTuple):
     """Everything a step changes."""
 
-    step: Array  # int32, optimizer steps done
+    step: Array  # int32, optimizer steps done, skipped updates among them
     params: Params  # master weights by dotted path
     opt_state: Any  # the optax chain's state
     seed: Array  # uint32, dropout's; the key of a step is folded from it
+    guard: Guard  # what was skipped, and what spikes are judged by
 
 
 def cast_params(params: Params, dtype: Any) -> Params:
@@ -49,15 +51,10 @@ def state_shardings(run: RunConfig, mesh: Mesh, abstract: Abstract) -> TrainStat
     """Where each part of the state lives: parameters and moments by their logical axes, the rest everywhere."""
     params = {k: sharding(mesh, s.shape, abstract.axes[k]) for k, s in abstract.shapes.items()}
     whole = replicated(mesh)
-    opt_shapes = jax.eval_shape(make_optimizer(run.optim).init, abstract.shapes)
-    is_params = partial(_is_params, keys=frozenset(params))
-    opt = jax.tree.map(lambda x: params if is_params(x) else whole, opt_shapes, is_leaf=is_params)
-    places: Any = (whole, params, opt, whole)
+    opt = opt_state_shardings(run.optim, abstract.shapes, abstract.axes, mesh)
+    guard = jax.tree.map(lambda _: whole, jax.eval_shape(lambda: init_guard(run)))
+    places: Any = (whole, params, opt, whole, guard)
     return TrainState(*places)
-
-
-def _is_params(x: Any, keys: frozenset[str]) -> bool:
-    return isinstance(x, dict) and frozenset(x) == keys
 
 
 def state_shapes(run: RunConfig) -> TrainState:
@@ -68,7 +65,8 @@ def state_shapes(run: RunConfig) -> TrainState:
 def _fresh_state(run: RunConfig) -> TrainState:
     params = init_params(run.model, run.train.seed, jnp.dtype(run.train.param_dtype))
     opt_state = make_optimizer(run.optim).init(params)
-    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jnp.asarray(run.train.seed, jnp.uint32))
+    seed = jnp.asarray(run.train.seed, jnp.uint32)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, seed, init_guard(run))
 
 
 def init_state(run: RunConfig, mesh: Mesh | None = None) -> TrainState:
@@ -80,8 +78,7 @@ def init_state(run: RunConfig, mesh: Mesh | None = None) -> TrainState:
 
 
 def loss_and_metrics(
-    model: ModelConfig,
-    z_loss_coef: float,
+    run: RunConfig,
     graphdef: Any,
     params: Params,
     batch: Batch,
@@ -89,7 +86,8 @@ def loss_and_metrics(
     train: bool,
     key: Array | None,
 ) -> tuple[Array, dict[str, Array]]:
-    """The loss of one micro-batch and what a run wants to know about it."""
+    """The loss of one micro-batch and what a run wants to know about it; metrics add up to those of the batch."""
+    model, details = run.model, run.log.details
     decoder = merge_model(graphdef, params)
     segments = batch.get("segments")
     routing = batch.get("expert_ids")
@@ -97,31 +95,21 @@ def loss_and_metrics(
         batch["inputs"], batch.get("positions"), segments, train=train, key=key, expert_ids=routing
     )
     weight, bias = decoder.head()
-    tokens = chunked_token_loss(hidden, weight, bias, batch["targets"], batch["loss_mask"])
+    tokens = chunked_token_loss(hidden, weight, bias, batch["targets"], batch["loss_mask"], entropy=details)
     valid = jnp.ones(batch["inputs"].shape, bool) if segments is None else segments > 0
-    terms: Terms = total_loss(model, z_loss_coef, tokens, acts, valid, counts)
+    terms: Terms = total_loss(model, run.optim.z_loss_coef, tokens, acts, valid, counts)
     metrics = {
         "loss": terms.cross_entropy,
         "z": terms.z,
         "balance": terms.balance,
         "router_z": terms.router_z,
+        "total_loss": terms.total,
     }
-    return terms.total, metrics | expert_metrics(model, acts, valid, counts)
-
-
-def expert_metrics(
-    model: ModelConfig, acts: dict[str, Array], valid: Array, counts: Counts
-) -> dict[str, Array]:
-    """Share of the valid tokens' assignments that each expert of each MoE layer got, and the share dropped."""
-    layers = [i for i in range(model.n_layers) if model.is_moe(i)]
-    if not layers:
-        return {}
-    E, A = model.moe.n_experts, model.moe.n_active
-    chosen = [jax.nn.one_hot(acts[f"blocks.{i}.moe.expert_ids"], E) for i in layers]
-    load = [jnp.sum(ids * valid[..., None, None], (0, 1, 2)) for ids in chosen]
-    lost = [jnp.sum(~acts[f"blocks.{i}.moe.kept"] & valid[..., None]) for i in layers]
-    total = A * counts.valid_tokens
-    return {"expert_load": jnp.stack(load) / total, "dropped": sum(lost) / (len(layers) * total)}
+    metrics |= expert_metrics(model, acts, valid, counts)
+    if details:
+        metrics |= {"logit_entropy": tokens.entropy / counts.loss_tokens}
+        metrics |= router_entropy(model, acts, valid, counts)
+    return terms.total, metrics
 
 
 def batch_counts(batch: Batch, microbatches: int) -> Counts:
@@ -135,39 +123,51 @@ def batch_counts(batch: Batch, microbatches: int) -> Counts:
 def make_gradient_fn(
     run: RunConfig, backends: Backends = Backends()
 ) -> Callable[..., tuple[Params, dict[str, Array]]]:
-    """(params, batch, key) -> gradients and metrics of the whole batch, accumulated over micro-batches."""
+    """(params, batch, key, loss_scale) -> gradients and metrics of the whole batch, accumulated over micro-batches.
+
+    With a loss scale, the loss is multiplied and the gradients are divided by it; the metrics are as without.
+    """
     graphdef = abstract_model(run.model, backends, remat=run.train.remat).graphdef
     dtype, M = jnp.dtype(run.train.dtype), run.train.accumulation
 
     def micro(
-        params: Params, batch: Batch, counts: Counts, key: Array | None
+        params: Params, batch: Batch, counts: Counts, key: Array | None, scale: Array | None
     ) -> tuple[Array, dict[str, Array]]:
-        cast = cast_params(params, dtype)
-        return loss_and_metrics(run.model, run.optim.z_loss_coef, graphdef, cast, batch, counts, True, key)
+        total, metrics = loss_and_metrics(run, graphdef, cast_params(params, dtype), batch, counts, True, key)
+        return total if scale is None else total * scale.astype(total.dtype), metrics
 
-    def gradients(params: Params, batch: Batch, key: Array | None = None) -> tuple[Params, dict[str, Array]]:
-        wide = jnp.promote_types(dtype, jnp.float32)
-        batch = batch | {"loss_mask": batch["loss_mask"].astype(wide)}
-        counts = batch_counts(batch, M)
-        value_and_grad = jax.value_and_grad(micro, has_aux=True)
+    def accumulated(
+        params: Params, batch: Batch, counts: Counts, key: Array | None, scale: Array | None
+    ) -> tuple[Params, dict[str, Array]]:
+        grad = jax.grad(micro, has_aux=True)
         if M == 1:
-            (total, metrics), grads = value_and_grad(params, batch, counts, key)
-            return grads, metrics | {"total_loss": total}
+            return grad(params, batch, counts, key, scale)
         parts = {k: jnp.moveaxis(v.reshape(-1, M, *v.shape[1:]), 1, 0) for k, v in batch.items()}
 
         def body(carry: Any, part: tuple[Batch, Array]) -> tuple[Any, None]:
             rows, m = part
             micro_key = None if key is None else jax.random.fold_in(key, m)
-            (total, metrics), grads = value_and_grad(params, rows, counts, micro_key)
-            return jax.tree.map(jnp.add, carry, (grads, metrics | {"total_loss": total})), None
+            return jax.tree.map(jnp.add, carry, grad(params, rows, counts, micro_key, scale)), None
 
-        first = jax.eval_shape(value_and_grad, params, {k: v[0] for k, v in parts.items()}, counts, key)
-        (total, metrics), grads = first
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, metrics | {"total_loss": total}))
-        (grads, metrics), _ = jax.lax.scan(body, zeros, (parts, jnp.arange(M)))
+        first = jax.eval_shape(grad, params, {k: v[0] for k, v in parts.items()}, counts, key, scale)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), first)
+        return jax.lax.scan(body, zeros, (parts, jnp.arange(M)))[0]
+
+    def gradients(
+        params: Params, batch: Batch, key: Array | None = None, loss_scale: Array | None = None
+    ) -> tuple[Params, dict[str, Array]]:
+        wide = jnp.promote_types(dtype, jnp.float32)
+        batch = batch | {"loss_mask": batch["loss_mask"].astype(wide)}
+        grads, metrics = accumulated(params, batch, batch_counts(batch, M), key, loss_scale)
+        if loss_scale is not None:
+            grads = {k: _unscaled(g, loss_scale) for k, g in grads.items()}
         return grads, metrics
 
     return gradients
+
+
+def _unscaled(grad: Array, scale: Array) -> Array:
+    return (grad.astype(jnp.promote_types(grad.dtype, jnp.float32)) / scale).astype(grad.dtype)
 
 
 def make_train_step(
@@ -175,18 +175,33 @@ def make_train_step(
     mesh: Mesh | None = None,
     backends: Backends = Backends(),
 ) -> Callable[[TrainState, Batch, Scalars], tuple[TrainState, dict[str, Array]]]:
-    """The jitted step. With a mesh, call it under `jax.set_mesh(mesh)`, the batch placed by `place_batch`."""
+    """The jitted step. With a mesh, call it under `jax.set_mesh(mesh)`, the batch placed by `place_batch`.
+
+    Where `judge` does not accept the batch, parameters and optimizer state stay as they are, bit for bit. A batch may
+    hold `stop` [B] int32, in which each of several processes says whether it was asked to stop: the metric `stop`
+    then tells them all.
+    """
     gradients, optimizer = make_gradient_fn(run, backends), make_optimizer(run.optim)
 
     def step(state: TrainState, batch: Batch, scalars: Scalars) -> tuple[TrainState, dict[str, Array]]:
+        stop = {"stop": jnp.max(batch["stop"])} if "stop" in batch else {}
+        batch = {name: rows for name, rows in batch.items() if name != "stop"}
         key = jax.random.fold_in(jax.random.key(state.seed), state.step) if run.model.dropout else None
-        grads, metrics = gradients(state.params, batch, key)
-        norm = global_norm(grads)
+        scale = (state.guard.loss_scale,) if run.train.dtype == "float16" else ()
+        grads, metrics = gradients(state.params, batch, key, *scale)
+        norm, loss = global_norm(grads), metrics["total_loss"]
+        verdict = judge(run.train, state.guard, loss, norm)
+        exact = corrected(run.optim, scalars, state.step, state.guard.skipped)
         updates: Any
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, scalars=scalars)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, scalars=exact)
         params = {k: p + updates[k] for k, p in state.params.items()}
+        params, opt_state = keep(verdict.accepted, (params, opt_state), (state.params, state.opt_state))
+        guard = next_guard(run.train, state.guard, verdict, loss, norm)
         metrics |= {"grad_norm": norm, "clip_scale": clip_scale(norm, run.optim.clip_norm), "lr": scalars.lr}
-        return TrainState(state.step + 1, params, opt_state, state.seed), metrics
+        metrics |= guard_metrics(run.train, guard, verdict) | stop
+        if run.log.details:
+            metrics |= norms(grads, state.params, params)
+        return TrainState(state.step + 1, params, opt_state, state.seed, guard), metrics
 
     if mesh is None:
         return jax.jit(step, donate_argnums=0)

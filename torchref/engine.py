@@ -1,7 +1,7 @@
-"""The torch side of the loop: eager steps, safetensors checkpoints (latest and best)."""
+"""The torch side of the loop: eager steps, safetensors checkpoints (latest, previous and best)."""
 
-import shutil
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,12 @@ import numpy as np
 import torch
 
 from jaxlm.config import RunConfig
-from torchref.checkpoint import CheckpointError, latest_step, load_training, save_training
+from torchref.checkpoint import CheckpointError, candidates, load_training, save_run, state_bytes
 from torchref.layers import Backends
 from torchref.optim import scalars
 from torchref.train import TrainState, init_state, make_eval_step, make_train_step, place_batch
+
+TRACE = "trace.json"  # of `profile`
 
 
 class TorchEngine:
@@ -22,6 +24,7 @@ class TorchEngine:
         self.run, self.directory, self.backends = run, Path(directory), backends
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self._train, self._evaluate = make_train_step(run), make_eval_step(run)
+        self.rows: list[int] | None = None  # it runs in one process
         self.state: TrainState | None = None
 
     def initialise(self) -> None:
@@ -29,7 +32,7 @@ class TorchEngine:
         self.state = init_state(self.run, self.device, self.backends)
 
     def restore(self, which: str = "latest") -> dict[str, Any]:
-        """Continues from a checkpoint; returns what was saved beside the state."""
+        """Continues from a folder of `candidates`; returns what was saved beside the state."""
         if not (self.directory / which / "training.json").is_file():
             raise CheckpointError(f"{self.directory / which}: no checkpoint to restore")
         self.state, extra = load_training(
@@ -42,9 +45,9 @@ class TorchEngine:
         self.state = state
 
     @property
-    def latest_step(self) -> int | None:
-        """Step of the newest checkpoint, None without one."""
-        return latest_step(self.directory)
+    def candidates(self) -> list[tuple[float, str]]:
+        """(step, what `restore` calls it) of every checkpoint, newest first, damaged ones included."""
+        return candidates(self.directory)
 
     @property
     def step(self) -> int:
@@ -52,8 +55,8 @@ class TorchEngine:
         assert self.state is not None, "initialise() or restore() first"
         return self.state.step
 
-    def train_step(self, batch: dict[str, np.ndarray]) -> Mapping[str, Any]:
-        """One optimizer step."""
+    def train_step(self, batch: dict[str, np.ndarray], stop: bool = False) -> Mapping[str, Any]:
+        """One optimizer step. `stop` is for engines of several processes."""
         assert self.state is not None, "initialise() or restore() first"
         values = scalars(self.run.optim, self.step)
         self.state, metrics = self._train(self.state, place_batch(batch, self.device), values)
@@ -66,16 +69,20 @@ class TorchEngine:
         return sum(float(s["loss_sum"]) for s in sums) / sum(float(s["tokens"]) for s in sums)
 
     def save(self, extra: dict[str, Any], metric: float | None) -> None:
-        """Writes latest/, and best/ where the validation loss is the lowest so far; each replaced only when whole."""
-        targets = ["latest"] + (["best"] if metric is not None and metric <= extra["best"] else [])
-        for name in targets:
-            fresh, old = self.directory / f"{name}.new", self.directory / f"{name}.old"
-            shutil.rmtree(fresh, ignore_errors=True)
-            save_training(self.state, fresh, extra)
-            if (self.directory / name).exists():
-                (self.directory / name).rename(old)
-            fresh.rename(self.directory / name)
-            shutil.rmtree(old, ignore_errors=True)
+        """Writes latest/ and, where the validation loss is the lowest so far, best/."""
+        save_run(self.state, self.directory, extra, metric is not None and metric <= extra["best"])
 
-    def close(self) -> None:
-        """Nothing is under way."""
+    def wait(self, timeout: float | None = None) -> None:
+        """Nothing is ever under way."""
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of a checkpoint, nearly."""
+        return state_bytes(self.state)
+
+    @contextlib.contextmanager
+    def profile(self, folder: Path) -> Iterator[str]:
+        """Records a trace; yields how it is opened."""
+        with torch.profiler.profile() as recorded:
+            yield f"open {folder / TRACE} at https://ui.perfetto.dev or chrome://tracing"
+        recorded.export_chrome_trace(str(folder / TRACE))

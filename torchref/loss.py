@@ -26,6 +26,7 @@ class TokenLoss(NamedTuple):
 
     cross_entropy: Float[Tensor, ""]
     z: Float[Tensor, ""]
+    entropy: Float[Tensor, ""]  # of the softmax, in nats; no gradient; zero unless asked for
 
 
 class Terms(NamedTuple):
@@ -52,8 +53,9 @@ def token_loss(
     bias: Float[Tensor, " V"] | None,
     targets: Int[Tensor, "B T"],
     mask: Float[Tensor, "B T"],
+    entropy: bool = False,
 ) -> TokenLoss:
-    """Cross-entropy in nats and logsumexp^2, summed over tokens with weight `mask`; logits upcast.
+    """Cross-entropy in nats, logsumexp^2 and, if asked, entropy, summed over tokens with weight `mask`; logits upcast.
 
     Source of the z term: PaLM, arXiv:2204.02311, section 5.
     """
@@ -62,7 +64,15 @@ def token_loss(
     log_z = wide.logsumexp(-1)
     target_logit = wide.gather(-1, targets.long()[..., None])[..., 0]
     mask = mask.to(wide.dtype)
-    return TokenLoss(((log_z - target_logit) * mask).sum(), (log_z.square() * mask).sum())
+    spread = _entropy(wide.detach(), log_z.detach()) if entropy else torch.zeros_like(mask)
+    return TokenLoss(
+        ((log_z - target_logit) * mask).sum(), (log_z.square() * mask).sum(), (spread * mask).sum()
+    )
+
+
+def _entropy(logits: Float[Tensor, "B T V"], log_z: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """H = log Z - sum p x, in nats."""
+    return log_z - ((logits - log_z[..., None]).exp() * logits).sum(-1)
 
 
 def chunked_token_loss(
@@ -72,14 +82,15 @@ def chunked_token_loss(
     targets: Int[Tensor, "B T"],
     mask: Float[Tensor, "B T"],
     chunk_logits: int = CHUNK_LOGITS,
+    entropy: bool = False,
 ) -> TokenLoss:
     """`token_loss` over chunks of T, logits recomputed in the backward pass; one chunk where all logits are small."""
     B, T, _ = hidden.shape
     length = max(1, min(T, chunk_logits // (B * weight.shape[1])))
     if length == T:
-        return token_loss(hidden, weight, bias, targets, mask)
+        return token_loss(hidden, weight, bias, targets, mask, entropy)
     parts = [
-        checkpoint(token_loss, x, weight, bias, y, m, use_reentrant=False)
+        checkpoint(token_loss, x, weight, bias, y, m, entropy, use_reentrant=False)
         for x, y, m in zip(
             hidden.split(length, 1), targets.split(length, 1), mask.split(length, 1), strict=True
         )

@@ -7,10 +7,13 @@ back by module path ("blocks.0.attn.q"), the same keys in both frameworks.
 """
 
 import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from jaxlm.config import ModelConfig
 from jaxlm.rope_table import rope_table
@@ -128,10 +131,8 @@ class Decoder(nn.Module):
             layer_cache = None if cache is None else cache.layers[i]
             chosen = None if expert_ids is None else expert_ids[:, :, i]
             arguments = (x, rope, visibility, valid, train, layer_cache, key, chosen)
-            if self.remat == "block":
-                x, block_acts, layer_cache = checkpoint(block, *arguments, use_reentrant=False)
-            else:
-                x, block_acts, layer_cache = block(*arguments)
+            run = block if self.remat == "none" else _rematerialised(block, self.remat, key)
+            x, block_acts, layer_cache = run(*arguments)
             acts |= {f"blocks.{i}.{name}": value for name, value in block_acts.items()} | {f"blocks.{i}": x}
             layers.append(layer_cache)
         acts["final_norm"] = x = self.final_norm(x)
@@ -184,6 +185,37 @@ def _embed_std(config: ModelConfig) -> float:
     if config.init == "normal":
         return config.init_std
     return config.d_model**-0.5 if config.tied else 1.0
+
+
+def _rematerialised(block: Block, remat: str, key: torch.Generator | None) -> Callable[..., Any]:
+    """The block as a function whose activations are recomputed in the backward pass, all but what `remat` keeps."""
+    start = None if key is None else key.get_state()
+    calls = itertools.count()
+
+    def run(*arguments: Any) -> Any:
+        if key is None or start is None or next(calls) == 0:
+            return block(*arguments)
+        now = key.get_state()
+        key.set_state(start)  # the same dropout as in the forward pass
+        try:
+            return block(*arguments)
+        finally:
+            key.set_state(now)
+
+    keep = functools.partial(create_selective_checkpoint_contexts, list(_KEPT_OPS))
+    options = {"context_fn": keep} if remat == "dots" else {}
+    return lambda *arguments: checkpoint(run, *arguments, use_reentrant=False, **options)
+
+
+# Products of activations with weights, and fused attention; scores, which are batched products, are made again.
+_KEPT_OPS = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+)
 
 
 def _visibility(

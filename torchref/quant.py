@@ -76,19 +76,20 @@ def is_quantized(path: str) -> bool:
     return _PROJECTION.fullmatch(path) is not None
 
 
-def dynamic_map() -> Float[Tensor, " C"]:
-    """The signed dynamic 8-bit map, float32 [256], ascending: seven decades, each twice as fine as the one below.
+def dynamic_map(signed: bool = True) -> Float[Tensor, " C"]:
+    """The dynamic 8-bit map, float32 [256], ascending: seven decades, each twice as fine as the one below.
 
     Source: arXiv:1511.04561, section 3; the midpoints of 2^i equal parts of [0.1, 1] times 10^(i-6), zero and one.
+    Without a sign there is room for twice as many parts.
     """
     start, values = torch.tensor(0.1), [torch.zeros(1), torch.ones(1)]
     for i in range(7):
-        parts = 2**i
+        parts = 2**i if signed else 2 ** (i + 1)
         step, k = ((1 - start) / parts).double(), torch.arange(parts + 1, dtype=torch.float64)
         # In double, so that each point is rounded once, and from the nearer end.
         points = torch.where(k < (parts + 1) // 2, start + step * k, 1 - step * (parts - k)).float()
         middles = torch.tensor(10.0 ** (i - 6)) * ((points[:-1] + points[1:]) / 2)
-        values += [middles, -middles]
+        values += [middles, -middles] if signed else [middles]
     return torch.cat(values).sort().values
 
 

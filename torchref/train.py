@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from jaxlm.config import ModelConfig, RunConfig
+from jaxlm.config import RunConfig
+from torchref.guard import Guard, guard_metrics, init_guard, judge, next_guard
 from torchref.layers import Backends
 from torchref.loss import Counts, chunked_token_loss, total_loss
 from torchref.model import Decoder
 from torchref.optim import Scalars, clip_scale, global_norm, make_optimizer
+from torchref.vitals import expert_metrics, norms, router_entropy
 
 Batch = dict[str, Tensor]
 Params = dict[str, Tensor]
@@ -32,10 +33,11 @@ KEPT_WIDE = (
 class TrainState(NamedTuple):
     """Everything a step changes; unlike jaxlm's, it is changed in place."""
 
-    step: int  # optimizer steps done
+    step: int  # optimizer steps done, skipped updates among them
     model: Decoder  # master weights
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     seed: int  # dropout's; the generator of a step is seeded from it and the step
+    guard: Guard  # what was skipped, and what spikes are judged by
 
 
 def cast_params(params: Params, dtype: torch.dtype) -> Params:
@@ -50,12 +52,11 @@ def init_state(
     generator = torch.Generator().manual_seed(run.train.seed)
     dtype = getattr(torch, run.train.param_dtype)
     model = Decoder(run.model, backends, rngs=generator, dtype=dtype, remat=run.train.remat).to(device)
-    return TrainState(0, model, make_optimizer(run.optim, model), run.train.seed)
+    return TrainState(0, model, make_optimizer(run.optim, model), run.train.seed, init_guard(run))
 
 
 def loss_and_metrics(
-    model: ModelConfig,
-    z_loss_coef: float,
+    run: RunConfig,
     decoder: Decoder,
     params: Params,
     batch: Batch,
@@ -63,21 +64,28 @@ def loss_and_metrics(
     train: bool,
     key: torch.Generator | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of one micro-batch and what a run wants to know about it."""
+    """The loss of one micro-batch and what a run wants to know about it; metrics add up to those of the batch."""
+    model, details = run.model, run.log.details
     segments = batch.get("segments")
     arguments = (batch["inputs"], batch.get("positions"), segments)
     call = {"method": "hidden", "train": train, "key": key, "expert_ids": batch.get("expert_ids")}
     hidden, acts, _ = torch.func.functional_call(_Caller(decoder), _under(params), arguments, call)
-    tokens = chunked_token_loss(hidden, *_head(decoder, params), batch["targets"], batch["loss_mask"])
+    weight, bias = _head(decoder, params)
+    tokens = chunked_token_loss(hidden, weight, bias, batch["targets"], batch["loss_mask"], entropy=details)
     valid = torch.ones_like(batch["inputs"], dtype=torch.bool) if segments is None else segments > 0
-    terms = total_loss(model, z_loss_coef, tokens, acts, valid, counts)
+    terms = total_loss(model, run.optim.z_loss_coef, tokens, acts, valid, counts)
     metrics = {
         "loss": terms.cross_entropy,
         "z": terms.z,
         "balance": terms.balance,
         "router_z": terms.router_z,
+        "total_loss": terms.total,
     }
-    return terms.total, metrics | expert_metrics(model, acts, valid, counts)
+    metrics |= expert_metrics(model, acts, valid, counts)
+    if details:
+        metrics |= {"logit_entropy": tokens.entropy / counts.loss_tokens}
+        metrics |= router_entropy(model, acts, valid, counts)
+    return terms.total, metrics
 
 
 class _Caller(torch.nn.Module):
@@ -101,20 +109,6 @@ def _head(decoder: Decoder, params: Params) -> tuple[Tensor, Tensor | None]:
     return params["lm_head.weight"].T, params.get("lm_head.bias")
 
 
-def expert_metrics(
-    model: ModelConfig, acts: dict[str, Tensor], valid: Tensor, counts: Counts
-) -> dict[str, Tensor]:
-    """Share of the valid tokens' assignments that each expert of each MoE layer got, and the share dropped."""
-    layers = [i for i in range(model.n_layers) if model.is_moe(i)]
-    if not layers:
-        return {}
-    E, A = model.moe.n_experts, model.moe.n_active
-    load = [F.one_hot(acts[f"blocks.{i}.moe.expert_ids"][valid], E).sum((0, 1)) for i in layers]
-    lost = [(~acts[f"blocks.{i}.moe.kept"] & valid[..., None]).sum() for i in layers]
-    total = A * counts.valid_tokens
-    return {"expert_load": torch.stack(load) / total, "dropped": sum(lost) / (len(layers) * total)}
-
-
 def batch_counts(batch: Batch, microbatches: int) -> Counts:
     """What the loss divides by, over the whole batch; at least one, so that an all-masked batch gives zero."""
     valid = (batch["segments"] > 0).sum() if "segments" in batch else torch.tensor(batch["inputs"].numel())
@@ -123,11 +117,14 @@ def batch_counts(batch: Batch, microbatches: int) -> Counts:
 
 
 def make_gradient_fn(run: RunConfig) -> Callable[..., tuple[Params, dict[str, Tensor]]]:
-    """(decoder, batch, key) -> gradients and metrics of the whole batch, accumulated over micro-batches."""
+    """(decoder, batch, key, loss_scale) -> gradients and metrics of the whole batch, accumulated over micro-batches.
+
+    With a loss scale, the loss is multiplied and the gradients are divided by it; the metrics are as without.
+    """
     dtype, M = getattr(torch, run.train.dtype), run.train.accumulation
 
     def gradients(
-        decoder: Decoder, batch: Batch, key: torch.Generator | None = None
+        decoder: Decoder, batch: Batch, key: torch.Generator | None = None, loss_scale: float | None = None
     ) -> tuple[Params, dict[str, Tensor]]:
         wide = torch.promote_types(dtype, torch.float32)
         batch = batch | {"loss_mask": batch["loss_mask"].to(wide)}
@@ -137,47 +134,63 @@ def make_gradient_fn(run: RunConfig) -> Callable[..., tuple[Params, dict[str, Te
         metrics: dict[str, Tensor] = {}
         for m in range(M):
             rows = {k: v[m::M] for k, v in batch.items()}
-            cast = cast_params(params, dtype)
-            total, part = loss_and_metrics(
-                run.model, run.optim.z_loss_coef, decoder, cast, rows, counts, True, key
-            )
-            found = torch.autograd.grad(total, list(params.values()), allow_unused=True)
+            total, part = loss_and_metrics(run, decoder, cast_params(params, dtype), rows, counts, True, key)
+            scaled = total if loss_scale is None else total * loss_scale
+            found = torch.autograd.grad(scaled, list(params.values()), allow_unused=True)
             for (path, p), g in zip(params.items(), found, strict=True):
                 g = torch.zeros_like(p) if g is None else g
                 grads[path] = grads[path] + g if path in grads else g
-            for name, value in (part | {"total_loss": total}).items():
+            for name, value in part.items():
                 metrics[name] = metrics.get(name, 0) + value.detach()
+        if loss_scale is not None:
+            grads = {path: _unscaled(g, loss_scale) for path, g in grads.items()}
         return grads, metrics
 
     return gradients
 
 
+def _unscaled(grad: Tensor, scale: float) -> Tensor:
+    return (grad.to(torch.promote_types(grad.dtype, torch.float32)) / scale).to(grad.dtype)
+
+
 def make_train_step(
     run: RunConfig,
 ) -> Callable[[TrainState, Batch, Scalars], tuple[TrainState, dict[str, Tensor]]]:
-    """The step. Of the scalars it takes the learning rate; torch.optim derives the rest."""
+    """The step. Of the scalars it takes the learning rate; torch.optim derives the rest.
+
+    Where `judge` does not accept the batch, the optimizer is not stepped.
+    """
     gradients = make_gradient_fn(run)
 
     def step(state: TrainState, batch: Batch, scalars: Scalars) -> tuple[TrainState, dict[str, Tensor]]:
-        device = next(state.model.parameters()).device
+        named = dict(state.model.named_parameters())
         key = None
         if run.model.dropout:
+            device = next(iter(named.values())).device
             key = torch.Generator(device).manual_seed(state.seed * 1_000_003 + state.step)
-        grads, metrics = gradients(state.model, batch, key)
-        norm = global_norm(grads.values())
+        loss_scale = (state.guard.loss_scale,) if run.train.dtype == "float16" else ()
+        grads, metrics = gradients(state.model, batch, key, *loss_scale)
+        norm, loss = global_norm(grads.values()), metrics["total_loss"]
         scale = clip_scale(norm, run.optim.clip_norm)
-        for path, parameter in state.model.named_parameters():
-            parameter.grad = grads[path] * scale.to(grads[path].dtype)
+        verdict = judge(run.train, state.guard, loss, norm)
+        before = {path: p.detach().clone() for path, p in named.items()} if run.log.details else {}
         for group in state.optimizer.param_groups:
             group["lr"] = float(scalars.lr)
-        state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
+        if verdict.accepted:
+            for path, parameter in named.items():
+                parameter.grad = grads[path] * scale.to(grads[path].dtype)
+            state.optimizer.step()
+            state.optimizer.zero_grad(set_to_none=True)
+        guard = next_guard(run.train, state.guard, verdict, loss, norm)
         metrics |= {
             "grad_norm": norm,
             "clip_scale": scale,
             "lr": torch.tensor(float(scalars.lr), dtype=torch.float64),
         }
-        return state._replace(step=state.step + 1), metrics
+        metrics |= guard_metrics(run.train, guard, verdict)
+        if run.log.details:
+            metrics |= norms(grads, before, named)
+        return state._replace(step=state.step + 1, guard=guard), metrics
 
     return step
 

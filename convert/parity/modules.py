@@ -202,6 +202,11 @@ def compare_modules(
     started = time.perf_counter()
     if steps < 1 or weights not in ("own", "jax", "drawn"):
         raise InputError(f"steps={steps} must be at least 1, weights={weights!r} one of own, jax, drawn")
+    if optim is not None and (optim.optimizer != "adamw" or optim.policy):
+        raise InputError(
+            f"optim.optimizer={optim.optimizer!r}, policy={optim.policy}: modules are compared under plain adamw, with "
+            "`decays` for its policy; only decoders have the paths that the others know"
+        )
     _refuse(jax_module)
     names = (target or type(jax_module).__name__, against or type(torch_module).__name__)
     with pinned(DTYPE):

@@ -139,7 +139,7 @@ def init(pair: Pair) -> list[Finding]:
     findings = []
     for path, a in ours.items():
         findings.append(_distribution(path, a, theirs[path]))
-    zeros = jaxlm.optim.moments(jaxlm.optim.make_optimizer(run.optim).init(ours))
+    zeros = jaxlm.optim.wide_moments(jaxlm.optim.make_optimizer(run.optim).init(ours))
     for slot, tree in zeros._asdict().items():
         start = max(float(jnp.max(jnp.abs(x))) for x in tree.values())
         findings.append(Finding(slot, start, limit("exact")))
@@ -263,10 +263,11 @@ def clip(pair: Pair) -> list[Finding]:
 
 
 def schedule(pair: Pair) -> list[Finding]:
-    """Learning rate and AdamW's scalars at the corners of the schedule, as the host computes them."""
+    """Learning rate and AdamW's scalars at the corners of every schedule, as the host computes them."""
     optim = pair.run.optim
     w, end = optim.warmup_steps, max(optim.decay_steps, optim.warmup_steps + 1)
-    corners = sorted({0, 1, max(w - 1, 0), w, w + 1, (w + end) // 2, end - 1, end, end + 5})
+    late = round((1 - optim.wsd_decay) * end)
+    corners = sorted({0, 1, max(w - 1, 0), w, w + 1, (w + end) // 2, late, late + 1, end - 1, end, end + 5})
     findings = []
     for step in corners:
         ours, theirs = jaxlm.optim.scalars(optim, step), torchref.optim.scalars(optim, step)

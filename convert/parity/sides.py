@@ -18,15 +18,18 @@ import torch
 
 import jaxlm.cached
 import jaxlm.generate
+import jaxlm.guard
 import jaxlm.optim
 import jaxlm.train
 import torchref.cached
 import torchref.generate
+import torchref.guard
 import torchref.optim
 import torchref.train
-from convert.native import build_torch, to_jax, to_torch
+from convert.native import build_torch, pairs, to_jax, to_torch
 from convert.parity.inputs import Arrays
 from convert.parity.precision import COMPILER_OPTIONS
+from convert.rules import convert
 from convert.tree import Flat, from_torch, load_torch, to_numpy
 from jaxlm.config import ModelConfig, RunConfig
 from jaxlm.model import Split, abstract_model, merge_model
@@ -225,7 +228,7 @@ class JaxTrainer:
         seed = jnp.asarray(run.train.seed, jnp.uint32)
         self.run, self.programs = run, programs
         self.jax_state = jaxlm.train.TrainState(
-            jnp.zeros((), jnp.int32), params, optimizer.init(params), seed
+            jnp.zeros((), jnp.int32), params, optimizer.init(params), seed, jaxlm.guard.init_guard(run)
         )
 
     def step(self, batch: Arrays) -> Step:
@@ -242,7 +245,7 @@ class JaxTrainer:
 
     def state(self) -> Optimized:
         """Where the optimizer stands."""
-        m, v = jaxlm.optim.moments(self.jax_state.opt_state)
+        m, v = jaxlm.optim.wide_moments(self.jax_state.opt_state)
         flat = [{k: np.array(x) for k, x in tree.items()} for tree in (self.jax_state.params, m, v)]
         return Optimized(*flat, count=int(self.jax_state.step))
 
@@ -338,7 +341,9 @@ class TorchTrainer:
         model = copy.deepcopy(module)
         optimizer = torchref.optim.make_optimizer(run.optim, model)
         self.run = run
-        self.torch_state = torchref.train.TrainState(0, model, optimizer, run.train.seed)
+        self.torch_state = torchref.train.TrainState(
+            0, model, optimizer, run.train.seed, torchref.guard.init_guard(run)
+        )
         self._step = torchref.train.make_train_step(run)
 
     def step(self, batch: Arrays) -> Step:
@@ -351,14 +356,16 @@ class TorchTrainer:
     def state(self) -> Optimized:
         """Where the optimizer stands."""
         model, optimizer = self.torch_state.model, self.torch_state.optimizer
-        m, v = torchref.optim.moments(model, optimizer)
+        m, v = torchref.optim.wide_moments(model, optimizer)
         flat = [
             {k: to_numpy(x).copy() for k, x in tree.items()}
             for tree in (dict(model.named_parameters()), m, v)
         ]
         counts = {int(optimizer.state[p]["step"]) for p in model.parameters()}
         assert len(counts) == 1, f"torch counted {sorted(counts)} steps for different parameters"
-        return Optimized(*(to_jax(self.run.model, tree) for tree in flat), count=counts.pop())
+        table = pairs(self.run.model)
+        here = (convert([p for p in table if p.other in tree], tree, inverse=True) for tree in flat)
+        return Optimized(*here, count=counts.pop())
 
 
 def _with_weights(module: TorchDecoder, flat: Flat) -> TorchDecoder:

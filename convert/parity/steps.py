@@ -16,7 +16,7 @@ from convert.parity.rungs import Pair, backward_order
 from convert.parity.sides import JaxTrainer, Optimized, Step, TorchTrainer, Trainer
 from convert.tree import Flat
 from jaxlm.config import RunConfig
-from jaxlm.optim import decays
+from jaxlm.optim import treatment
 
 TURNS = 4  # batches of a trajectory
 K = 5  # steps of the rung `updates`
@@ -110,11 +110,12 @@ def updates(pair: Pair, total: int, at: int) -> list[Finding]:
 
 
 def _with_policy(finding: Finding, run: RunConfig) -> Finding:
-    """A failing change is told with whether weight decay should touch the parameter."""
+    """A failing change is told with which optimizer the parameter has, and whether weight decay should touch it."""
     if finding.passed or not finding.name.startswith("delta:"):
         return finding
-    decayed = decays(run.optim, finding.name.partition(":")[2])
-    return dataclasses.replace(finding, detail=dict(finding.detail) | {"weight_decay": decayed})
+    plan = treatment(run.optim, finding.name.partition(":")[2])
+    detail = {"optimizer": plan.optimizer, "weight_decay": bool(plan.decay)}
+    return dataclasses.replace(finding, detail=dict(finding.detail) | detail)
 
 
 def _difference(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:

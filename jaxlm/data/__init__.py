@@ -1,4 +1,18 @@
-"""Sources to documents (corpus), documents to memory-mapped tokens (shards), tokens to batches (loader), baselines.
+"""From text to batches.
 
-Imports numpy only; pyarrow and grain are imported where they are needed.
+    schemas     what rows mean: texts or conversations
+    blocks      files of text, jsonl and parquet in pieces that workers parse
+    corpus      local files as documents, and which of them are held out
+    sources     data sets of the Hugging Face hub by name, or local files
+    tokenise    blocks to tokens, by several processes, in order
+    writer      tokens to shards on the disk
+    folder      whose a folder is, and how it gets its name
+    prepare     all of that: a source to a folder of shards, exact to continue after a kill
+    verify      whether files are still what was written
+    shards      a folder's tokens, memory-mapped
+    run_data    the tokens of a run: raw text, prepared data or a mixture
+    order, packing, mixture, batches, loader    tokens to batches
+    baselines   what a model has to beat
+
+Imports numpy only; pyarrow, datasets and grain are imported where they are needed.
 """

@@ -1,27 +1,40 @@
 """Text sources as documents: files and directories of text, jsonl and parquet, or the standard library."""
 
+import glob
 import hashlib
 import itertools
-import json
 import math
 import os
+import re
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from jaxlm.config import ConfigError, nearest
+import numpy as np
+
+from jaxlm.config import nearest
+from jaxlm.data.blocks import (
+    BLOCK_BYTES,
+    PACKED,
+    SUFFIXES,
+    Block,
+    DataError,
+    Kind,
+    Position,
+    read_blocks,
+    rows,
+)
+from jaxlm.data.schemas import Schema
+
+__all__ = ["Corpus", "DataError", "Document", "is_validation", "open_corpus", "validation_indices"]
 
 FEW_DOCUMENTS = 20  # sources under this hold out the last share of their tokens instead of whole documents
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
-_IN_DIRECTORY = (".txt", ".text", ".md", ".py", ".jsonl", ".parquet")
-
-
-class DataError(ConfigError):
-    """A text source that cannot be used; the message is one line that says what is wrong with it."""
+_IN_DIRECTORY = tuple(SUFFIXES) + tuple(s + p for s in SUFFIXES for p in PACKED)
 
 
 @dataclass(frozen=True)
@@ -43,37 +56,59 @@ class Corpus:
     description: str  # what to call it in messages and files
     root: Path  # what names are relative to
     files: tuple[Path, ...]
-    column: str = "text"  # key of the text in jsonl and parquet
+    schema: Schema = field(default_factory=lambda: Schema.of("text"))  # what rows of jsonl and parquet mean
     lenient: bool = False
+    kind: Kind | None = None  # of all files; None = by their names
 
     def __iter__(self) -> Iterator[Document]:
-        found = False
-        for document in itertools.chain.from_iterable(map(self._read, self.files)):
-            if document.text:
-                found = True
-                yield document
+        found, name, parts = False, "", []
+        for block in self.blocks({}, BLOCK_BYTES):
+            for row in rows(block, self.schema.columns):
+                if not row.continues:
+                    if text := "".join(parts):
+                        found = True
+                        yield Document(name, text)
+                    name, parts = row.name, []
+                parts.append(self.schema.text(row))
+        if text := "".join(parts):
+            found = True
+            yield Document(name, text)
         if not found:
-            raise DataError(f"{self.description} is empty: no text in {len(self.files)} file(s)")
+            raise self.empty()
 
-    def _read(self, path: Path) -> Iterator[Document]:
-        name = path.relative_to(self.root).as_posix()
-        try:
-            if path.suffix == ".jsonl":
-                yield from _jsonl(path, name, self.column)
-            elif path.suffix == ".parquet":
-                yield from _parquet(path, name, self.column)
-            else:
-                yield Document(name, _utf8(path.read_bytes(), str(path)))
-        except UnicodeDecodeError as error:
-            if not self.lenient:
-                raise _not_utf8(str(path), error) from None
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+    def empty(self) -> DataError:
+        """What to raise when no document has any text."""
+        return DataError(f"{self.description} is empty: no text in {len(self.files)} file(s)")
+
+    def blocks(self, start: Position, size: int) -> Iterator[Block]:
+        """The source in blocks of about `size` bytes, from where `start` says; `read` counts bytes of all files."""
+        files = [(path, path.relative_to(self.root).as_posix()) for path in self.files]
+        sizes = dict(zip((str(path) for path in self.files), itertools.accumulate((0, *self._sizes))))
+        for block in read_blocks(files, self.schema.columns, start, size, self.kind, self.lenient):
+            yield replace(block, read=sizes[block.path] + block.read)
+
+    @property
+    def total(self) -> int | None:
+        """What `read` of the last block will be."""
+        return sum(self._sizes)
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        return [_stat(path).st_size for path in self.files]
+
+    @cached_property
+    def stamp(self) -> str:
+        """SHA-256 of names, sizes and times of the files and of the columns: enough to go on after a kill."""
+        facts = [(path.relative_to(self.root).as_posix(), _stat(path)) for path in self.files]
+        listed = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in facts]
+        return hashlib.sha256(
+            repr((self.schema, self.kind, listed)).encode("utf-8", "surrogateescape")
+        ).hexdigest()
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of names and contents of the files and of the column, in order."""
-        digest = hashlib.sha256(self.column.encode())
+        """SHA-256 of names and contents of the files and of the columns, in order."""
+        digest = hashlib.sha256(repr((self.schema, self.kind)).encode())
         for path in self.files:
             try:
                 with open(path, "rb") as file:
@@ -112,105 +147,78 @@ def is_validation(index: int, val_fraction: float) -> bool:
     spread evenly, and does not depend on how many documents follow.
     """
     share = Fraction(str(val_fraction))
-    run = math.floor(index * share)
+    return index == _held_out(math.floor(index * share), share)
+
+
+def validation_indices(first: int, after: int, val_fraction: float) -> np.ndarray:
+    """The indices in [first, after) for which `is_validation` holds, ascending, int64."""
+    share = Fraction(str(val_fraction))
+    runs = range(math.floor(first * share), math.floor((after - 1) * share) + 1) if after > first else ()
+    found = (_held_out(run, share) for run in runs)
+    return np.array([index for index in found if first <= index < after], np.int64)
+
+
+def _held_out(run: int, share: Fraction) -> int:
+    """The one document of a run that is held out."""
     first, after = math.ceil(run / share), math.ceil((run + 1) / share)
     draw = int.from_bytes(hashlib.sha256(f"validation {run}".encode()).digest()[:8], "big")
-    return index == first + draw % (after - first)
+    return first + draw % (after - first)
 
 
-def open_corpus(path: str, column: str) -> Corpus:
+def open_corpus(path: str, column: str = "", schema: str = "text", kind: Kind | None = None) -> Corpus:
     """The documents of `path`.
 
     Args:
         path: a .jsonl or .parquet file (one document per row), any other file (UTF-8 text, one document), a directory
-            of .txt, .text, .md, .py, .jsonl and .parquet files, or '' for the interpreter's standard library.
-        column: key of the text in jsonl and parquet.
+            of .txt, .text, .md, .py, .jsonl and .parquet files, a glob of such files, or '' for the interpreter's
+            standard library. Texts and jsonl may be packed as .gz or .zst.
+        column: key of the text, or of the messages, in jsonl and parquet; '' = the schema's own.
+        schema: what rows mean (`jaxlm.data.schemas`).
+        kind: what all files are; None = by their names.
 
     Raises:
         DataError: there is no such path, or nothing in it to read. Contents are checked when they are read.
+        ConfigError: the schema is unknown or has no single column.
     """
+    means = Schema.of(schema, column)
     if not path:
         return _standard_library()
     root = Path(path)
     if root.is_file():
         if root.stat().st_size == 0:
             raise DataError(f"data path {path} is empty")
-        return Corpus(path, root.parent, (root,), column)
+        return Corpus(path, root.parent, (root,), means, kind=kind)
     if root.is_dir():
-        files = [p for p in root.rglob("*") if p.suffix in _IN_DIRECTORY and p.is_file()]
-        if not files:
-            raise DataError(f"directory {path} holds none of {', '.join(_IN_DIRECTORY)}")
-        return Corpus(path, root, tuple(sorted(files, key=lambda p: p.relative_to(root).as_posix())), column)
+        found = [p for p in root.rglob("*") if p.name.endswith(_IN_DIRECTORY) and p.is_file()]
+        if not found and (root / "meta.json").is_file():
+            raise DataError(f"{path} is one split of prepared data; give its folder, {root.parent}")
+        if not found:
+            raise DataError(f"directory {path} holds none of {', '.join(SUFFIXES)} (or these as .gz, .zst)")
+        return Corpus(path, root, _sorted(found, root), means, kind=kind)
+    if glob.has_magic(path):
+        found = [p for p in map(Path, glob.glob(path, recursive=True)) if p.is_file()]
+        if not found:
+            raise DataError(f"data path {path} matches no file")
+        root = Path(re.split(r"[*?\[]", path)[0] + "x").parent
+        return Corpus(path, root, _sorted(found, root), means, kind=kind)
     siblings = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
+    if f".{root.name}.partial" in siblings:
+        raise DataError(f"{path} is not prepared to its end; give the same prepare_data command again")
     raise DataError(f"data path {path} does not exist{nearest(root.name, siblings)}")
 
 
 def _standard_library() -> Corpus:
     root = Path(sysconfig.get_path("stdlib"))
     files = [p for p in root.rglob("*.py") if not _NOT_STDLIB.intersection(p.relative_to(root).parts[:-1])]
-    ordered = sorted(files, key=lambda p: p.relative_to(root).as_posix())
-    return Corpus("the standard library", root, tuple(ordered), lenient=True)
+    return Corpus("the standard library", root, _sorted(files, root), lenient=True)
 
 
-def _utf8(content: bytes, where: str) -> str:
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(
-            f"{where} is not UTF-8 but looks like UTF-16 (byte 0 is 0x{content[0]:02x}); convert it"
-        )
-    return content.decode("utf-8")
+def _sorted(files: list[Path], root: Path) -> tuple[Path, ...]:
+    return tuple(sorted(files, key=lambda p: p.relative_to(root).as_posix()))
 
 
-def _not_utf8(where: str, error: UnicodeDecodeError) -> DataError:
-    return DataError(
-        f"{where} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x} ({error.reason}); convert it"
-    )
-
-
-def _jsonl(path: Path, name: str, column: str) -> Iterator[Document]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path} line {number}"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except UnicodeDecodeError as error:
-                raise _not_utf8(where, error) from None
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where} is not JSON: {error.msg} at column {error.colno}") from None
-            if not isinstance(row, dict):
-                raise DataError(
-                    f"{where} is a JSON {type(row).__name__}, not an object with the key {column!r}"
-                )
-            if column not in row:
-                raise DataError(f"{where} has no column {column!r}{_columns(column, list(row))}")
-            if not isinstance(row[column], str):
-                raise DataError(f"{where}: column {column!r} holds {type(row[column]).__name__}, not text")
-            yield Document(f"{name}:{number}", row[column])
-
-
-def _parquet(path: Path, name: str, column: str) -> Iterator[Document]:
+def _stat(path: Path) -> os.stat_result:
     try:
-        import pyarrow as arrow
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise DataError(f"{path} needs pyarrow to be read: pip install pyarrow") from None
-    try:
-        with parquet.ParquetFile(path) as file:
-            field_type = {field.name: field.type for field in file.schema_arrow}
-            if column not in field_type:
-                raise DataError(f"{path} has no column {column!r}{_columns(column, list(field_type))}")
-            kind = field_type[column]
-            if not (arrow.types.is_string(kind) or arrow.types.is_large_string(kind)):
-                raise DataError(f"{path}: column {column!r} holds {kind}, not text")
-            row = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[column]):
-                for text in batch.column(0).to_pylist():
-                    yield Document(f"{name}:{row}", text or "")
-                    row += 1
-    except (arrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a readable parquet file: {str(error).splitlines()[0]}") from None
-
-
-def _columns(column: str, known: list[str]) -> str:
-    return f"{nearest(column, known)}; it has {', '.join(known) or 'none'}"
+        return path.stat()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None

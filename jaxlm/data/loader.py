@@ -1,137 +1,118 @@
-"""Batches out of tokens: windows, a seeded order that never ends, prefetching, exact resumption.
+"""Batches without end out of tokens: prefetched, resumed exactly, shared between processes; and those of a validation.
 
-Batch k of an epoch-shuffled run is a pure function of (tokens, T, B, seed, k), so that the state of a loader is one
-number. grain only fetches ahead; `plain_batches` gives the same batches without it.
+Batch k holds rows k*B to k*B+B-1 of the run (jaxlm.data.batches), so that the state of a loader is one number, and
+processes share a batch by taking different rows of it. grain only fetches ahead; `plain_batches` gives the same
+batches without it.
 """
 
-import functools
 import itertools
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from jaxlm.data import mixture, order
+from jaxlm.data.batches import (
+    Batch,
+    Batches,
+    LoaderSettings,
+    blank,
+    checked_rows,
+    checked_weights,
+    count_windows,
+    gather,
+)
 from jaxlm.data.corpus import DataError
 from jaxlm.data.shards import TokenStore
 
-Batch = dict[str, np.ndarray]  # inputs [B, T] int32, targets [B, T] int32, loss_mask [B, T] float32
-
-
-class WindowSource:
-    """Window i: tokens i*T to i*T+T, the last of them only as a target. Random access, no copies kept.
-
-    Args:
-        store: tokens of one split.
-        seq_len: T.
-
-    Raises:
-        DataError: there are fewer than T+1 tokens.
-    """
-
-    def __init__(self, store: TokenStore, seq_len: int) -> None:
-        if len(store) < seq_len + 1:
-            raise DataError(
-                f"the text has {len(store)} tokens, but one window of seq_len={seq_len} needs {seq_len + 1}"
-            )
-        self.store, self.seq_len = store, seq_len
-
-    def __len__(self) -> int:
-        return (len(self.store) - 1) // self.seq_len
-
-    def __getitem__(self, i: int) -> Batch:
-        """{inputs [T] int32, targets [T] int32, loss_mask [T] float32 of ones}."""
-        if not 0 <= i < len(self):
-            raise IndexError(f"window {i} of {len(self)}")
-        tokens = self.store[i * self.seq_len : (i + 1) * self.seq_len + 1].astype(np.int32)
-        return {"inputs": tokens[:-1], "targets": tokens[1:], "loss_mask": np.ones(self.seq_len, np.float32)}
-
-
-class ShuffledWindows:
-    """Windows without end: every epoch visits each window once, in an order keyed by (seed, epoch).
-
-    `windows[i]` for the global index i = epoch * len(source) + position is a pure function of (seed, i).
-
-    Args:
-        source: the windows of one epoch.
-        seed: of the order.
-        shuffle: False = the order of the text, every epoch.
-    """
-
-    def __init__(self, source: WindowSource, seed: int, shuffle: bool) -> None:
-        self._source, self._n, self._seed, self._shuffle = source, len(source), seed, shuffle
-
-    def __len__(self) -> int:
-        """A number that no run reaches; random-access libraries ask for one."""
-        return sys.maxsize
-
-    def __getitem__(self, i: int) -> Batch:
-        """As `WindowSource`."""
-        epoch, position = divmod(i, self._n)
-        if self._shuffle:
-            position = int(_order(self._n, self._seed, epoch)[position])
-        return self._source[position]
-
-
-@functools.lru_cache(maxsize=4)
-def _order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of n. Sorts raw draws, which numpy keeps stable across versions, unlike `permutation`."""
-    draws = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(n)
-    return np.argsort(draws, kind="stable")
-
-
-class _Batches:
-    """Batch k: windows k*B to k*B+B-1 of a run, stacked."""
-
-    def __init__(self, windows: ShuffledWindows, batch_size: int) -> None:
-        self._windows, self._batch_size = windows, batch_size
-
-    def __len__(self) -> int:
-        return len(self._windows) // self._batch_size
-
-    def __getitem__(self, k: int) -> Batch:
-        rows = [self._windows[i] for i in range(k * self._batch_size, (k + 1) * self._batch_size)]
-        return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+__all__ = [
+    "Batch",
+    "DatasetIdentity",
+    "Loader",
+    "LoaderSettings",
+    "count_windows",
+    "eval_batches",
+    "make_loader",
+    "plain_batches",
+]
 
 
 @dataclass(frozen=True)
 class DatasetIdentity:
-    """What decides the batches of a loader besides their number."""
+    """What decides the batches of a loader besides their number; plain JSON. The rows of a process are not in it."""
 
-    shards: str  # SHA-256 over the shards' checksums
     tokenizer: str  # fingerprint of the tokenizer
+    files: list[str]  # SHA-256 over the shards' checksums, for each store
+    weights: list[float]  # of the stores
     seq_len: int  # T
     batch_size: int  # B
-    seed: int  # of the order
+    stride: int  # tokens from window to window
+    packing: bool  # documents set apart or not
     shuffle: bool  # shuffled, or in the order of the text
+    seed: int  # of the order
+    order: str  # how rows and windows are ordered
+
+    @classmethod
+    def of(cls, stores: Sequence[TokenStore], settings: LoaderSettings) -> "DatasetIdentity":
+        """Of stores with the same tokenizer."""
+        return cls(
+            tokenizer=stores[0].meta["tokenizer"],
+            files=[store.fingerprint for store in stores],
+            weights=[float(weight) for weight in checked_weights(stores, settings)],
+            seq_len=settings.seq_len,
+            batch_size=settings.batch_size,
+            stride=settings.step,
+            packing=settings.packing,
+            shuffle=settings.shuffle,
+            seed=settings.seed,
+            order=f"{order.SCHEME}+{mixture.SCHEME}",
+        )
+
+
+class _Fetched:
+    """Batches for grain, which adds lines of its own to the message of an error: errors travel as elements."""
+
+    def __init__(self, batches: Batches) -> None:
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: int) -> Batch | Exception:
+        try:
+            return self._batches[index]
+        except Exception as error:
+            return error
 
 
 class Loader:
-    """Iterates batches {inputs [B,T] int32, targets [B,T] int32, loss_mask [B,T] float32} without end.
+    """Iterates batches without end.
 
     Attributes:
         next_batch: number of the batch that `next` gives.
-        windows_per_epoch: windows of one pass over the text.
+        windows_per_epoch: windows of one pass over each store.
     """
 
-    def __init__(
-        self, batches: _Batches, identity: DatasetIdentity, windows_per_epoch: int, threads: int
-    ) -> None:
+    def __init__(self, batches: Batches, identity: DatasetIdentity, threads: int) -> None:
         import grain
 
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2, 2 * threads))
-        source: Any = batches  # has what grain asks for, a length and __getitem__, but not its argument names
-        self._iterator = iter(grain.MapDataset.source(source).to_iter_dataset(options))
+        self._iterator = iter(grain.MapDataset.source(_Fetched(batches)).to_iter_dataset(options))
         self._identity = identity
-        self.windows_per_epoch = windows_per_epoch
+        self._most = len(batches)
+        self.windows_per_epoch = batches.windows
         self.next_batch = 0
 
     def __iter__(self) -> "Loader":
         return self
 
     def __next__(self) -> Batch:
+        """The next batch. Raises what reading it raised, as ShardError; the position stays before it then."""
         batch = next(self._iterator)
+        if isinstance(batch, Exception):
+            self.seek(self.next_batch)
+            raise batch
         self.next_batch += 1
         return batch
 
@@ -139,16 +120,18 @@ class Loader:
         """Plain JSON: the number of the next batch and the identity of the dataset."""
         return {"next_batch": self.next_batch, "dataset": asdict(self._identity)}
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: Any) -> None:
         """Continues where `get_state` was called, bitwise.
 
         Raises:
             DataError: the state belongs to other data, or is not one of `get_state`.
         """
-        self.seek(_checked_position(state, self._identity))
+        self.seek(_checked_position(state, self._identity, self._most))
 
     def seek(self, batch: int) -> None:
         """Makes `batch` the next one."""
+        if not 0 <= batch < self._most:
+            raise ValueError(f"there is no batch {batch}")
         self._iterator.set_state({"next_index": batch})
         self.next_batch = batch
 
@@ -157,13 +140,14 @@ class Loader:
         self._iterator.close()
 
 
-def _checked_position(state: dict[str, Any], identity: DatasetIdentity) -> int:
-    position, dataset = state.get("next_batch"), state.get("dataset")
-    if not isinstance(position, int) or position < 0 or not isinstance(dataset, dict):
+def _checked_position(state: Any, identity: DatasetIdentity, most: int) -> int:
+    fields = state if isinstance(state, dict) else {}
+    position, dataset = fields.get("next_batch"), fields.get("dataset")
+    if type(position) is not int or not 0 <= position < most or not isinstance(dataset, dict):
         raise DataError(f"{str(state)[:100]} is no state of a loader: it needs next_batch and dataset")
     for name, here in asdict(identity).items():
         there = dataset.get(name)
-        if there != here:
+        if type(there) is not type(here) or there != here:
             raise DataError(
                 "the saved data position belongs to another dataset: "
                 f"{name} was {_short(there)}, now it is {_short(here)}"
@@ -172,67 +156,93 @@ def _checked_position(state: dict[str, Any], identity: DatasetIdentity) -> int:
 
 
 def _short(value: object) -> str:
-    return f"{value[:12]}..." if isinstance(value, str) and len(value) > 12 else repr(value)
-
-
-def _run_batches(store: TokenStore, seq_len: int, batch_size: int, seed: int, shuffle: bool) -> _Batches:
-    return _Batches(ShuffledWindows(WindowSource(store, seq_len), seed, shuffle), batch_size)
+    if isinstance(value, list):
+        return f"[{', '.join(map(_short, value[:8]))}{', ...' if len(value) > 8 else ''}]"
+    text = value if isinstance(value, str) else repr(value)
+    return f"{text[:12]}..." if len(text) > 32 else repr(value)
 
 
 def make_loader(
-    store: TokenStore,
-    seq_len: int,
-    batch_size: int,
-    seed: int,
-    shuffle: bool,
+    stores: Sequence[TokenStore],
+    settings: LoaderSettings,
     start_batch: int = 0,
     num_threads: int = 2,
+    rows: Sequence[int] | None = None,
 ) -> Loader:
-    """A prefetching loader over `store`.
+    """A prefetching loader over `stores`.
 
     Args:
-        store: tokens of one split.
-        seq_len: T.
-        batch_size: B; an epoch's last windows and the next epoch's first ones share a batch.
-        seed: of the order.
-        shuffle: seeded order per epoch, or the order of the text.
+        stores: tokens of one split, of the same tokenizer; as many as there are weights.
+        settings: how batches are made of them. Every store is passed through in epochs of its own; its last windows
+            of one epoch and the first of the next may share a batch.
         start_batch: number of the first batch.
         num_threads: that fetch ahead; 0 = none.
+        rows: of every global batch, those that this process yields, in this order; None = all. The global order is
+            the same whoever takes which.
 
     Raises:
-        DataError: there are fewer than T+1 tokens.
+        DataError: a store has fewer than T+1 tokens.
     """
-    batches = _run_batches(store, seq_len, batch_size, seed, shuffle)
-    identity = DatasetIdentity(store.fingerprint, store.meta["tokenizer"], seq_len, batch_size, seed, shuffle)
-    loader = Loader(batches, identity, len(WindowSource(store, seq_len)), num_threads)
+    loader = Loader(Batches(stores, settings, rows), DatasetIdentity.of(stores, settings), num_threads)
     loader.seek(start_batch)
     return loader
 
 
 def plain_batches(
-    store: TokenStore, seq_len: int, batch_size: int, seed: int, shuffle: bool, start_batch: int = 0
+    stores: Sequence[TokenStore],
+    settings: LoaderSettings,
+    start_batch: int = 0,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
     """The batches of `make_loader`, without grain and without prefetching."""
-    batches = _run_batches(store, seq_len, batch_size, seed, shuffle)
+    batches = Batches(stores, settings, rows)
     return (batches[k] for k in itertools.count(start_batch))
 
 
-def eval_batches(store: TokenStore, seq_len: int, batch_size: int, n: int) -> Iterator[Batch]:
-    """At most `n` batches of windows spread evenly over `store`, the same every time.
+def eval_batches(
+    stores: Sequence[TokenStore],
+    settings: LoaderSettings,
+    n: int,
+    rows: Sequence[int] | None = None,
+) -> Iterator[Batch]:
+    """At most `n` batches of windows spread evenly over each store, the same every time.
 
-    The last batch of a short text is filled up with rows of zeros whose loss_mask is 0.
+    Windows do not overlap, whatever the stride. The weights decide how many each store gives of n*B, up to
+    all that it has. The last batch of a short text is filled up with rows of zeros whose loss_mask is 0.
+
+    Args:
+        stores: of one split, as in `make_loader`.
+        settings: seed, shuffle and stride do not matter.
+        n: batches.
+        rows: as in `make_loader`.
 
     Raises:
-        DataError: there are fewer than T+1 tokens.
+        DataError: a store has fewer than T+1 tokens.
     """
-    source = WindowSource(store, seq_len)
-    chosen = min(len(source), n * batch_size)
-    batches = (range(k, min(k + batch_size, chosen)) for k in range(0, chosen, batch_size))
-    return (_eval_batch(source, rows, chosen, batch_size) for rows in batches)
+    B = settings.batch_size
+    wanted = mixture.Mixture(checked_weights(stores, settings)).counts(n * B)
+    here = checked_rows(rows, B)
+    parts, starts = [], []
+    for i, (store, most) in enumerate(zip(stores, wanted.tolist(), strict=True)):
+        windows = count_windows(store, settings.seq_len)
+        chosen = min(windows, most)
+        parts.append(np.full(chosen, i))
+        starts.append(np.arange(chosen) * windows // max(1, chosen) * settings.seq_len)
+    part, start = np.concatenate(parts), np.concatenate(starts)
+    return (_eval_batch(stores, settings, part, start, first + here) for first in range(0, len(part), B))
 
 
-def _eval_batch(source: WindowSource, rows: range, chosen: int, batch_size: int) -> Batch:
-    windows = [source[i * len(source) // chosen] for i in rows]
-    filler = {key: np.zeros_like(value) for key, value in windows[0].items()}
-    windows += [filler] * (batch_size - len(windows))
-    return {key: np.stack([window[key] for window in windows]) for key in filler}
+def _eval_batch(
+    stores: Sequence[TokenStore],
+    settings: LoaderSettings,
+    part: np.ndarray,
+    starts: np.ndarray,
+    rows: np.ndarray,
+) -> Batch:
+    """Rows of a validation, [len(rows), T]; zeros where there are no such rows."""
+    batch = blank(len(rows), settings)
+    there = rows < len(part)
+    if there.any():
+        for key, value in gather(stores, part[rows[there]], starts[rows[there]], settings).items():
+            batch[key][there] = value
+    return batch

@@ -50,6 +50,7 @@ from jaxlm.tensor_file import Lazy  # noqa: E402
 from torchref import moe as twin_moe  # noqa: E402
 from torchref import optim as twin_optim  # noqa: E402
 from torchref import train as twin  # noqa: E402
+from torchref.guard import init_guard  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -156,7 +157,7 @@ def test_training_resumed_from_the_file_takes_gptoss_next_step(tmp_path: Path) -
     for path, p in model.named_parameters():
         slots = {"exp_avg": to_tensor(moments.m[path]), "exp_avg_sq": to_tensor(moments.v[path])}
         optimizer.state[p] = {"step": torch.tensor(float(moments.step)), **slots}
-    state = twin.TrainState(moments.step, model, optimizer, 0)
+    state = twin.TrainState(moments.step, model, optimizer, 0, init_guard(run))
     scalars = twin_optim.scalars(optim, moments.step)
     assert scalars.lr == pytest.approx(lr, rel=1e-15)
     state, metrics = twin.make_train_step(run)(state, twin.place_batch(batch), scalars)

@@ -26,7 +26,7 @@ from jaxlm.ablation import (
     validation_batches,
 )
 from jaxlm.config import ConfigError, OptimConfig, RunConfig, TrainConfig
-from jaxlm.data.loader import plain_batches
+from jaxlm.data.loader import LoaderSettings, plain_batches
 from jaxlm.data.shards import TokenStore
 from jaxlm.engine import JaxEngine
 from jaxlm.layers import Backends
@@ -119,7 +119,7 @@ def test_axes_are_read_as_they_are_spelled(data: st.DataObject) -> None:
         ("attension=readable,xla", "unknown axis 'attension' (did you mean 'attention'?)"),
         ("lr=1,2", "did you mean 'optim.lr'?"),
         ("optim.lrr=1,2", "did you mean 'optim.lr'?"),
-        ("dtype=float32,float16", "dtype='float16' must be one of float32, bfloat16, float64"),
+        ("dtype=float32,float8", "dtype='float8' must be one of float32, bfloat16, float16, float64"),
         ("dtype=float32,train.dtype=bfloat16", "axis 'dtype' stands twice"),
         ("dtype=float32,float32", "float32 stands twice"),
         ("optim.lr=1e-2,0.01", "0.01 stands twice"),
@@ -202,8 +202,7 @@ def test_losses_are_those_of_pretraining(ablated, store: TokenStore, tmp_path: P
 
 
 def _batches(store: TokenStore, run: RunConfig) -> Any:
-    train = run.train
-    return plain_batches(store, train.seq_len, train.batch_size, train.seed, run.data.shuffle)
+    return plain_batches([store], LoaderSettings.of(run))
 
 
 def test_all_variants_see_the_same_batches(ablated, store: TokenStore) -> None:

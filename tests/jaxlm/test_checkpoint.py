@@ -1,5 +1,6 @@
 """What a run saved comes back bit for bit, or the run is told in one line why not."""
 
+import hashlib
 import json
 import os
 import resource
@@ -15,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from damage import flip
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlm.checkpoint import MANIFEST, CheckpointError, Checkpoints
+from jaxlm.checkpoint import MANIFEST, CheckpointError, Checkpoints, NoSpaceError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -139,17 +141,29 @@ def test_going_on_from_an_earlier_step_replaces_the_later_ones(tmp_path: Path) -
     checkpoints.close()
 
 
-def test_directories_without_a_manifest_are_no_checkpoints(tmp_path: Path) -> None:
-    """An empty directory and half a copy, both with a number for a name, are neither listed nor restored."""
+def test_directories_without_a_manifest_are_no_checkpoints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An empty directory and half a copy, both with a number for a name, are not listed, and said to be damaged."""
     checkpoints = saved(tmp_path, 1)
     (tmp_path / "2").mkdir()
     shutil.copytree(tmp_path / "1" / "state", tmp_path / "3" / "state")
     assert (checkpoints.steps, checkpoints.latest_step) == ([1], 1)
-    with pytest.raises(CheckpointError, match="no checkpoint of step 2 in .*; there are steps 1$"):
+    with pytest.raises(CheckpointError, match="no checkpoint of step 4 in .*; there are steps 1$"):
+        checkpoints.restore(4, like(state_of(0)))
+    with pytest.raises(CheckpointError, match="step 2 is damaged: .* is missing$"):
         checkpoints.restore(2, like(state_of(0)))
+    with jax.enable_x64(True):
+        assert checkpoints.restore("latest", like(state_of(0)))[1] == {"at": 1}
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(" is damaged: ")[0] for line in said] == [
+        "warning: checkpoint of step 3",
+        "warning: checkpoint of step 2",
+    ]
+    assert all(line.endswith(f"{MANIFEST} is missing; going on from step 1") for line in said)
     checkpoints.save(2, state_of(2), {})
     checkpoints.close()
-    assert checkpoints.steps == [1, 2]
+    assert checkpoints.steps == [1, 2] and not (tmp_path / "3").exists()
 
 
 def test_nothing_to_restore_is_one_line(tmp_path: Path) -> None:
@@ -168,10 +182,10 @@ import jax.numpy as jnp
 from jaxlm.checkpoint import Checkpoints
 
 class Killed(Checkpoints):
-    def _write_manifest(self):
-        if self._draft["step"] == 2:
+    def _commit(self, step):
+        if step == 2:
             os.kill(os.getpid(), signal.SIGKILL)  # the arrays are on disk, the commit is not
-        super()._write_manifest()
+        super()._commit(step)
 
 checkpoints = Killed(sys.argv[1])
 checkpoints.save(1, {"a": jnp.arange(1000.0)}, {"at": 1})
@@ -205,7 +219,7 @@ def test_full_disk_leaves_the_previous_checkpoint(
     large = {"a": jax.random.normal(jax.random.key(0), (300_000,))}
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(CheckpointError, match="step 2 was not written .* disk full.* step 1 is intact$"):
+        with pytest.raises(NoSpaceError, match="step 2 was not written .* disk full.* step 1 is intact$"):
             checkpoints.save(2, large, {})
             checkpoints.wait()
     finally:
@@ -228,37 +242,129 @@ def test_state_larger_than_the_disk_is_refused_before_writing(tmp_path: Path) ->
     assert not (tmp_path / "c").exists()
 
 
-def test_truncated_file_is_named(tmp_path: Path) -> None:
-    """One line names the file, both sizes and the step to use instead."""
+def test_the_newest_whole_checkpoint_is_restored_with_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Step 3 is cut short and a file of step 2 is gone: step 1 comes back, each damage is one line with its file."""
+    checkpoints = saved(tmp_path, 1, 2, 3, keep=3)
+    cut, gone = largest_file(tmp_path / "3"), tmp_path / "2" / "state" / "_METADATA"
+    size = cut.stat().st_size
+    os.truncate(cut, size // 2)
+    gone.unlink()
+    with jax.enable_x64(True):
+        restored, extra = checkpoints.restore("latest", like(state_of(0)))
+    assert (raw(restored), extra) == (raw(state_of(1)), {"at": 1})
+    assert capsys.readouterr().err.splitlines() == [
+        f"warning: checkpoint of step 3 is damaged: {cut} has {size // 2} bytes instead of {size}; "
+        "going on from step 1",
+        f"warning: checkpoint of step 2 is damaged: {gone} is missing; going on from step 1",
+    ]
+
+
+def test_a_damaged_checkpoint_that_was_asked_for_is_an_error(tmp_path: Path) -> None:
+    """By number or as the best: one line that names the file, never another checkpoint in its place."""
+    checkpoints = saved(tmp_path, 1, 2, losses=(2.0, 1.0))
+    extra = tmp_path / "2" / "state" / "d" / "stray"
+    extra.write_text("")
+    expected = f"checkpoint of step 2 is damaged: {extra} is no part of it"
+    for which in (2, "best"):
+        with pytest.raises(CheckpointError) as error:
+            checkpoints.restore(which, like(state_of(0)))
+        assert str(error.value) == expected
+
+
+def test_nothing_whole_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where every checkpoint is damaged the error names each with its file."""
     checkpoints = saved(tmp_path, 1, 2)
-    victim = largest_file(tmp_path / "2")
-    size = victim.stat().st_size
-    os.truncate(victim, size // 2)
-    with pytest.raises(CheckpointError) as error:
+    for step in (1, 2):
+        largest_file(tmp_path / str(step)).unlink()
+    with pytest.raises(
+        CheckpointError, match="^no whole checkpoint in .*: .*step 2 is .*step 1 is "
+    ) as error:
         checkpoints.restore("latest", like(state_of(0)))
-    expected = f"{victim} has {size // 2} bytes instead of {size}; remove {tmp_path / '2'} to use step 1"
-    assert str(error.value) == f"checkpoint of step 2 is damaged: {expected}"
-    victim.unlink()
-    with pytest.raises(CheckpointError, match="is missing"):
-        checkpoints.restore("latest", like(state_of(0)))
+    assert "\n" not in str(error.value) and capsys.readouterr().err == ""
 
 
-def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
-    """Twenty single bits of each file of a checkpoint, the manifest among them: never restored in silence."""
+def test_the_newest_whole_checkpoint_is_never_removed(tmp_path: Path) -> None:
+    """keep=1 counts whole checkpoints: while the newest before is damaged nothing but it goes."""
+    checkpoints = saved(tmp_path, 1, 2, keep=2)
+    largest_file(tmp_path / "2").unlink()
+    checkpoints.save(3, state_of(3), {})
+    checkpoints.close()
+    assert checkpoints.steps == [1, 3]
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(200, marks=pytest.mark.slow)])
+def test_every_flip_and_truncation_is_found(tmp_path: Path, count: int) -> None:
+    """Single bits and cuts anywhere in any file, metadata and manifest included: none is restored in silence."""
     checkpoints = saved(tmp_path, 1)
-    files = [p for p in (tmp_path / "1" / "state").rglob("*") if p.is_file()] + [tmp_path / "1" / MANIFEST]
-    assert len(files) > 5
-    rng = np.random.default_rng(0)
-    for path in (p for p in files if p.stat().st_size):
+    every = sorted(p for p in (tmp_path / "1").rglob("*") if p.is_file())
+    assert {"_METADATA", "_CHECKPOINT_METADATA", "commit_success.txt", MANIFEST} <= {p.name for p in every}
+    rng, found = np.random.default_rng(0), 0
+    for trial in range(count):
+        path = every[trial % len(every)]
         whole = path.read_bytes()
-        for _ in range(20):
-            damaged = bytearray(whole)
-            damaged[rng.integers(len(whole))] ^= 1 << int(rng.integers(8))
-            path.write_bytes(damaged)
-            with pytest.raises(CheckpointError, match="checkpoint of step 1 is damaged"):
-                checkpoints.verify(1)
+        place = int(rng.integers(len(whole)))
+        if rng.random() < 0.25:
+            os.truncate(path, place)
+        else:
+            flip(path, place, int(rng.integers(8)))
+        with pytest.raises(CheckpointError, match="checkpoint of step 1 is damaged: .*" + path.name):
+            checkpoints.verify(1)
+        found += 1
         path.write_bytes(whole)
     checkpoints.verify(1)
+    assert found == count
+
+
+def test_no_bit_of_the_manifest_can_change(tmp_path: Path) -> None:
+    """Every byte of the manifest, and every bit around its body, white space and the case of digits included."""
+    checkpoints = saved(tmp_path, 1)
+    path = tmp_path / "1" / MANIFEST
+    whole = path.read_bytes()
+    outside = {*range(100), *range(len(whole) - 10, len(whole))}  # what surrounds the body, and its ends
+    for place in range(len(whole)):
+        for bit in range(8) if place in outside else (place % 8,):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+            with pytest.raises(CheckpointError, match="damaged"):
+                checkpoints._manifest(1)
+    for changed in (whole + b"\n", whole[:-1], b" " + whole, whole.replace(b": ", b":")):
+        path.write_bytes(changed)
+        with pytest.raises(CheckpointError, match="damaged"):
+            checkpoints._manifest(1)
+
+
+def test_checkpoints_of_the_first_format_are_read(tmp_path: Path) -> None:
+    """Its manifest knew the arrays' files only; a damaged one is found all the same."""
+    checkpoints = saved(tmp_path, 1)
+    path = tmp_path / "1" / MANIFEST
+    body = json.loads(path.read_bytes())["body"]
+    body |= {"format": 1, "files": {k: v for k, v in body["files"].items() if k.startswith("state/")}}
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps({"sha256": digest, "body": body}))
+    with jax.enable_x64(True):
+        restored, extra = checkpoints.restore("latest", like(state_of(0)))
+    assert (raw(restored), extra) == (raw(state_of(1)), {"at": 1})
+    flip(largest_file(tmp_path / "1"), 30)
+    with pytest.raises(CheckpointError, match="step 1 is damaged"):
+        checkpoints.restore(1, like(state_of(0)))
+
+
+def test_leaves_that_an_older_version_did_not_have_start_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They come from the caller, and one line says so; without the caller's word they are missing."""
+    state = {"a": jnp.arange(3.0), "guard": {"skipped": jnp.int32(4)}}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {"a": state["a"]}, {})
+    checkpoints.close()
+    with pytest.raises(CheckpointError, match="guard.skipped is not in the checkpoint"):
+        checkpoints.restore(1, like(state))
+    restored, _ = checkpoints.restore(1, like(state), {"guard.skipped": jnp.int32(0)})
+    assert (int(restored["guard"]["skipped"]), list(restored["a"])) == (0, [0, 1, 2])
+    assert (
+        capsys.readouterr().err == "the checkpoint of step 1 is older than guard.skipped; they start anew\n"
+    )
 
 
 def test_another_model_is_refused_by_name(tmp_path: Path) -> None:

@@ -123,6 +123,29 @@ def test_missing_paths_columns_and_texts_are_named(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(DataError, match=r"holds none of \.txt"):
         open_corpus(str(tmp_path / "folder"), "text")
+    with pytest.raises(DataError, match="matches no file"):
+        open_corpus(str(tmp_path / "*.md"))
+
+
+def test_prepared_data_where_text_is_wanted_is_recognised(tmp_path):
+    """A split instead of its folder, and a folder that is not finished."""
+    (tmp_path / "out" / "train").mkdir(parents=True)
+    (tmp_path / "out" / "train" / "meta.json").write_text("{}")
+    with pytest.raises(DataError, match=f"one split of prepared data; give its folder, {tmp_path / 'out'}"):
+        open_corpus(str(tmp_path / "out" / "train"))
+    (tmp_path / ".new.partial").mkdir()
+    with pytest.raises(DataError, match="new is not prepared to its end; give the same prepare_data command"):
+        open_corpus(str(tmp_path / "new"))
+
+
+def test_globs_are_taken_in_the_order_of_their_paths(tmp_path):
+    """Any depth, names relative to what stands before the first special character."""
+    for name in ("b/2.txt", "b/1.txt", "a/9.txt", "a/x.md"):
+        (tmp_path / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "texts" / name).write_text(name)
+    corpus = open_corpus(str(tmp_path / "texts" / "**" / "*.txt"))
+    assert [d.name for d in corpus] == [d.text for d in corpus] == ["a/9.txt", "b/1.txt", "b/2.txt"]
+    assert [d.name for d in open_corpus(str(tmp_path / "texts" / "b" / "[1]*"))] == ["1.txt"]
 
 
 def test_parquet_gives_its_column_and_names_its_faults(tmp_path):
@@ -133,7 +156,7 @@ def test_parquet_gives_its_column_and_names_its_faults(tmp_path):
     assert _texts(path, "body") == ["one", "zwei 你好"]
     with pytest.raises(DataError, match="no column 'text'; it has body, n"):
         _texts(path)
-    with pytest.raises(DataError, match="holds int64, not text"):
+    with pytest.raises(DataError, match="row 0: column .n. holds int, not text"):
         _texts(path, "n")
     path.write_bytes(b"PAR1 nothing PAR1")
     with pytest.raises(DataError, match="is not a readable parquet file") as error:

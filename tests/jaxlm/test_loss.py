@@ -123,7 +123,8 @@ def test_micro_batches_equal_the_full_batch(accumulation: int, gradients: Any, x
     full, metrics = gradients(1)(params, batch)
     parts, part_metrics = gradients(accumulation)(params, batch)
     limit = tolerance("f64_accumulation")
-    for name in ("loss", "z", "router_z", "total_loss", "expert_load", "dropped"):
+    entropies = ("logit_entropy", "router_entropy")
+    for name in ("loss", "z", "router_z", "total_loss", "expert_load", "dropped", *entropies):
         assert relative_error(part_metrics[name], metrics[name]) <= limit, name
     assert_close(tree_errors(parts, full), limit, "gradients")
 

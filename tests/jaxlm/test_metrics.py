@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from jaxlm.cli import say
 from jaxlm.metrics import (
     JsonlSink,
     MetricsError,
@@ -65,6 +66,19 @@ def test_line_cut_short_by_a_kill_is_dropped(tmp_path: Path) -> None:
     path.write_text('{"step": 1}\n{"step": 2, "lo\n{"step": 3}\n')
     with pytest.raises(MetricsError, match="line 2 is not a JSON object with a step"):
         read_metrics(path)
+
+
+def test_a_sample_of_a_long_log_keeps_what_matters(tmp_path: Path) -> None:
+    """Of 1,005 lines about 100, evenly, the last one, and every validation and skip."""
+    path = tmp_path / "metrics.jsonl"
+    with JsonlSink(path, None) as sink:
+        for step in range(1, 1006):
+            sink.write(
+                {"step": step, "skipped": int(step == 333)} | ({"val_loss": 1.0} if step == 777 else {})
+            )
+    steps = [row["step"] for row in read_metrics(path, most=100)]
+    assert steps == sorted({*range(1005, 0, -11), 333, 777})
+    assert len(read_metrics(path, most=1005)) == len(read_metrics(path)) == 1005
 
 
 def test_floats_round_trip_bitwise(tmp_path: Path) -> None:
@@ -127,7 +141,9 @@ def test_derived_numbers() -> None:
     peak = peak_flops("NVIDIA H200", "bfloat16")
     assert peak == 989.4e12
     assert mfu(1e5, 4.947e9, peak) == pytest.approx(0.5, rel=1e-12)
+    assert peak_flops("NVIDIA H200", "float16") == peak
     assert peak_flops("NVIDIA H200", "float32") is None
+    assert peak_flops("TPU v5p", "bfloat16") == 459e12 and peak_flops("TPU v5p", "float16") is None
     assert peak_flops("cpu", "bfloat16") is None
     assert mfu(1e5, 4.947e9, None) is None
     assert peak_flops("NVIDIA H100 PCIe", "bfloat16") == 756e12
@@ -156,18 +172,21 @@ def test_progress_on_a_terminal_is_a_bar_with_losses() -> None:
     console._environ = {"TERM": "xterm"}
     with Progress(100, 20, console=console) as bar:
         bar.update(21, {"loss": 9.0})  # the step that compiled: no estimate is made of its time
-        bar.update(30, {"loss": 3.25, "val_loss": 3.5, "tokens_per_second": 51_000.0})
+        seen = {"loss": 3.25, "val_loss": 3.5, "tokens_per_second": 51_000.0, "mfu": 0.417, "skips": 2}
+        bar.update(30, seen)
         bar.message("saved")
+        say("warning: of anyone")
     text = screen.getvalue()
     last = [line for line in text.replace("\r", "\n").split("\n") if "30/100" in line][-1]
-    for part in ("loss 3.250", "val 3.500", "51k tok/s", "left"):
+    for part in ("loss 3.250", "val 3.500", "51k tok/s", "mfu 42 %", "2 skipped", "left"):
         assert part in last
-    assert "saved" in text
+    assert "saved" in text and "warning: of anyone" in text
 
 
 def test_metrics_need_no_jax() -> None:
     """Scripts that read a log do not start an accelerator."""
-    heavy = "{'jax', 'torch', 'matplotlib'}"
-    check = f"import sys, jaxlm.metrics, jaxlm.plots, jaxlm.run_dir; print({heavy} & {{*sys.modules}})"
+    heavy = "{'jax', 'torch', 'matplotlib', 'wandb', 'tensorboard'}"
+    modules = "jaxlm.metrics, jaxlm.plots_overlay, jaxlm.sinks, jaxlm.live_plots"
+    check = f"import sys, {modules}; print({heavy} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout == "set()\n", done.stderr

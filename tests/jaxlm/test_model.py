@@ -18,8 +18,6 @@ from helpers import (
     random_params,
     relative_error,
     tiny,
-    tiny_run,
-    tree_errors,
 )
 from scipy import stats
 from tolerances import tolerance
@@ -31,7 +29,6 @@ from jaxlm.loss import Counts, token_loss, total_loss
 from jaxlm.model import abstract_model, init_params, merge_model
 from jaxlm.moe import MoE, within_capacity
 from jaxlm.presets import PRESETS
-from jaxlm.train import make_gradient_fn
 
 LOOP = Backends(experts="loop")
 
@@ -366,18 +363,6 @@ def test_dropout_reaches_embeddings_attention_and_mlp_with_different_masks() -> 
     assert not np.allclose(dry, acts["blocks.0.mlp"])
     a, b = (np.asarray(model(ids, key=jax.random.key(s))[0]) for s in (0, 1))
     assert (a != b).any()
-
-
-def test_remat_gives_the_same_gradients(x64: None) -> None:
-    """Recomputing each block in the backward pass changes memory, not values."""
-    config = tiny({"pattern": (False, True)})
-    params, batch = random_params(config), hard_batch()
-    results = [
-        quick_jit(make_gradient_fn(tiny_run(config, remat=remat), LOOP))(params, batch)
-        for remat in ("none", "block")
-    ]
-    assert_close(tree_errors(results[1][0], results[0][0]), tolerance("f64"), "gradients")
-    assert relative_error(results[1][1]["total_loss"], results[0][1]["total_loss"]) <= tolerance("f64")
 
 
 @pytest.mark.parametrize("mlp", ["swiglu", "gelu_erf"])

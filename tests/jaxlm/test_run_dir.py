@@ -74,6 +74,7 @@ def test_resume_may_change_what_does_not_change_the_model(tmp_path: Path) -> Non
     """More steps, other intervals and another mesh are taken over and stored; the schedule stays the first one."""
     open_run(tmp_path / "r", run_config(steps=40), False)
     changes = dict(steps=90, log_every=2, eval_every=3, save_every=4, eval_batches=5, keep=6, plots=False)
+    changes |= {"disk_full": "stop", "max_skips": 9}
     directory, config, resumed = open_run(
         tmp_path / "r", run_config(mesh=MeshConfig(data=2, fsdp=2), **changes), resume=True
     )
@@ -107,13 +108,14 @@ def test_resume_with_another_model_names_every_field(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "field", [f.name for f in dataclasses.fields(TrainConfig) if f.name not in (
-        "steps", "log_every", "eval_every", "eval_batches", "save_every", "keep", "plots"
+        "steps", "log_every", "eval_every", "eval_batches", "save_every", "keep", "plots", "disk_full", "max_skips"
     )],
 )  # fmt: skip
 def test_no_other_field_of_the_loop_may_change(tmp_path: Path, field: str) -> None:
     """Batch, length, precision, seed and the rest change what is trained."""
     others = {"dtype": "bfloat16", "param_dtype": "float64", "remat": "block", "seed": 1}
     others |= {"batch_size": 16, "seq_len": 128, "accumulation": 2}
+    others |= {"spike_z": 3.0, "spike_window": 7, "loss_scale": 8.0, "loss_scale_steps": 5}
     open_run(tmp_path / "r", run_config(), False)
     with pytest.raises(ConfigError, match=rf"train\.{field} was "):
         open_run(tmp_path / "r", run_config(**{field: others[field]}), resume=True)

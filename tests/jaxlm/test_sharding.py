@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec
 from tolerances import tolerance
 
 from jaxlm.config import ConfigError, MeshConfig, RunConfig
+from jaxlm.guard import init_guard
 from jaxlm.layers import Backends
 from jaxlm.model import abstract_model
 from jaxlm.optim import as_arrays, make_optimizer, moments, scalars
@@ -65,7 +66,8 @@ def start(run: RunConfig) -> TrainState:
     """A state with random parameters, on the host."""
     params = {k: jnp.asarray(p) for k, p in random_params(MODEL).items()}
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, make_optimizer(run.optim).init(params), zero.astype(jnp.uint32))
+    opt_state = make_optimizer(run.optim).init(params)
+    return TrainState(zero, params, opt_state, zero.astype(jnp.uint32), init_guard(run))
 
 
 @pytest.fixture(scope="module")
@@ -133,11 +135,11 @@ def test_a_step_on_a_mesh_equals_the_step_of_one_device(x64: None) -> None:
     assert_close(tree_errors(found.m, wanted.m), tolerance("f64_mesh"), "m")
     assert_close(tree_errors(found.v, wanted.v), tolerance("f64_mesh"), "v")
     expected = {
-        "blocks.0.attn.q_proj.weight": PartitionSpec("fsdp", "tensor"),
-        "blocks.0.mlp.down_proj.weight": PartitionSpec("tensor", "fsdp"),
-        "blocks.1.moe.experts.gate_up": PartitionSpec("expert", "fsdp", None),
-        "blocks.1.moe.experts.down": PartitionSpec("expert", "tensor", "fsdp"),
-        "embed.weight": PartitionSpec(None, "fsdp"),  # 61 rows do not split in two
+        "blocks.0.attn.q_proj.weight": PartitionSpec(("fsdp", "expert"), "tensor"),
+        "blocks.0.mlp.down_proj.weight": PartitionSpec("tensor", ("fsdp", "expert")),
+        "blocks.1.moe.experts.gate_up": PartitionSpec(("expert", "fsdp"), None, "tensor"),
+        "blocks.1.moe.experts.down": PartitionSpec(("expert", "fsdp"), "tensor", None),
+        "embed.weight": PartitionSpec(None, ("fsdp", "expert", "tensor")),  # 61 rows do not split in two
         "final_norm.weight": PartitionSpec(None),
     }
     for path, wanted_spec in expected.items():
@@ -160,11 +162,14 @@ def test_two_dimensions_cannot_claim_one_mesh_axis() -> None:
             spec(axes)
 
 
-def test_indivisible_dimensions_stay_whole() -> None:
-    """A vocabulary of 61 is not split in two; the divisible dimension beside it is."""
+def test_an_axis_that_does_not_divide_its_dimension_splits_another() -> None:
+    """A vocabulary of 61 is not split in two; the dimension beside it is, twice. Vectors stay whole."""
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
-    assert sharding(mesh, (61, 24), ("vocab", "embed")).spec == PartitionSpec(None, "fsdp")
-    assert sharding(mesh, (62, 24), ("vocab", "embed")).spec == PartitionSpec("tensor", "fsdp")
+    assert sharding(mesh, (61, 24), ("vocab", "embed")).shard_shape((61, 24)) == (61, 6)
+    assert sharding(mesh, (62, 24), ("vocab", "embed")).shard_shape((62, 24)) == (31, 12)
+    assert sharding(mesh, (24, 3), ("embed", None)).shard_shape((24, 3)) == (6, 3)
+    assert sharding(mesh, (61,), ("vocab",)).is_fully_replicated
+    assert sharding(make_mesh(MeshConfig(data=2)), (24, 3), ("embed", None)).is_fully_replicated
     with pytest.raises(ValueError, match="2 dimensions"):
         sharding(mesh, (62, 24), ("vocab",))
 

@@ -21,7 +21,7 @@ from convert.parity import assert_parity, compare_modules  # noqa: E402
 from convert.parity.recording import record_torch, recording  # noqa: E402
 from convert.parity.results import Report  # noqa: E402
 from convert.rules import SAME, TRANSPOSE, Rule, Transform  # noqa: E402
-from jaxlm.config import InputError  # noqa: E402
+from jaxlm.config import InputError, OptimConfig  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -246,6 +246,7 @@ class Empty(nnx.Module):
         (lambda: check(Empty()), "Empty has no parameters"),
         (lambda: check(weights="mine"), "weights='mine' one of own, jax, drawn"),
         (lambda: check(steps=0), "steps=0 must be at least 1"),
+        (lambda: check(optim=OptimConfig(optimizer="muon")), "'muon'.*: modules are compared under plain adamw"),
         (lambda: compare_modules(Jax(), Torch(), RULES, INPUTS["shift"]), "inputs is a ndarray; give a list"),  # type: ignore[arg-type]
     ],
 )

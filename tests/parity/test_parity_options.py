@@ -26,6 +26,7 @@ from tolerances import tolerance  # noqa: E402
 import jaxlm.moe  # noqa: E402
 import jaxlm.optim  # noqa: E402
 import jaxlm.train  # noqa: E402
+import torchref.guard  # noqa: E402
 import torchref.layers  # noqa: E402
 import torchref.moe  # noqa: E402
 import torchref.optim  # noqa: E402
@@ -33,6 +34,7 @@ import torchref.train  # noqa: E402
 from convert import native  # noqa: E402
 from convert.tree import from_torch, to_numpy  # noqa: E402
 from jaxlm.config import ModelConfig, MoEConfig, RopeScaling  # noqa: E402
+from jaxlm.guard import init_guard  # noqa: E402
 from jaxlm.layers import Backends  # noqa: E402
 from jaxlm.model import abstract_model, merge_model  # noqa: E402
 
@@ -166,10 +168,11 @@ def test_five_adamw_steps_agree(name: str) -> None:
     optimizer = jaxlm.optim.make_optimizer(run.optim)
     start = {k: jnp.asarray(p) for k, p in params.items()}
     state = jaxlm.train.TrainState(
-        jnp.zeros((), jnp.int32), start, optimizer.init(start), jnp.zeros((), jnp.uint32)
+        jnp.zeros((), jnp.int32), start, optimizer.init(start), jnp.zeros((), jnp.uint32), init_guard(run)
     )
     model = native.build_torch(config, params)
-    torch_state = torchref.train.TrainState(0, model, torchref.optim.make_optimizer(run.optim, model), 0)
+    torch_optimizer = torchref.optim.make_optimizer(run.optim, model)
+    torch_state = torchref.train.TrainState(0, model, torch_optimizer, 0, torchref.guard.init_guard(run))
     torch_step = torchref.train.make_train_step(run)
     batches = [hard_batch(seed=s) for s in range(steps)]
     numbers = [jaxlm.optim.as_arrays(jaxlm.optim.scalars(run.optim, s), np.float64) for s in range(steps)]

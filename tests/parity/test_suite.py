@@ -67,7 +67,8 @@ def test_every_activation_of_the_issue_is_compared(whole: Report) -> None:
     assert {f"blocks.0.moe.{part}" for part in moe} <= names
     assert {"embed", "blocks.0", "blocks.1", "blocks.1.mlp", "final_norm", "logits"} <= names
     assert not {f.name for f in whole["loss"].findings} ^ {
-        *("cross_entropy", "z", "balance", "router_z", "total_loss", "expert_load", "dropped")
+        *("cross_entropy", "z", "balance", "router_z", "total_loss", "expert_load", "dropped"),
+        *("logit_entropy", "router_entropy"),
     }
 
 

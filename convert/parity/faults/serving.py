@@ -235,14 +235,14 @@ def _gradients_summed(original: Any) -> Any:
 def _mean_of_device_means(original: Any) -> Any:
     """Each device divides by its own tokens, and the means are averaged."""
 
-    def chunked_token_loss(hidden, weight, bias, targets, mask):
+    def chunked_token_loss(hidden, weight, bias, targets, mask, **options):
         shape = current_mesh_shape()
         if shape:
             ways = int(np.prod([shape[axis] for axis in BATCH_AXES]))
             per_device = jnp.sum(mask.reshape(ways, -1, mask.shape[1]), axis=(1, 2), keepdims=True)
             share = jnp.sum(mask) / (ways * jnp.maximum(per_device, 1))
             mask = (mask.reshape(ways, -1, mask.shape[1]) * share).reshape(mask.shape)
-        return original(hidden, weight, bias, targets, mask)
+        return original(hidden, weight, bias, targets, mask, **options)
 
     return chunked_token_loss
 

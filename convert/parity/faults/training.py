@@ -185,10 +185,10 @@ def _own_counts(module: Any, mean: bool) -> Callable[[Any], Any]:
     """Each micro-batch divided by its own tokens: the mean of micro-means, or their sum."""
 
     def change(original: Any) -> Any:
-        def loss_and_metrics(model, coef, decoder, params, batch, counts, train, key):
+        def loss_and_metrics(run, decoder, params, batch, counts, train, key):
             own, M = module.batch_counts(batch, counts.microbatches), counts.microbatches if mean else 1
             own = own._replace(loss_tokens=own.loss_tokens * M, valid_tokens=own.valid_tokens * M)
-            return original(model, coef, decoder, params, batch, own, train, key)
+            return original(run, decoder, params, batch, own, train, key)
 
         return loss_and_metrics
 
@@ -236,12 +236,12 @@ def _torch_loop(parts: Callable[[int], range], sums: bool) -> Callable[[Any], An
                 for m in parts(M):
                     rows = {k: v[m::M] for k, v in batch.items()}
                     total, part = torchref.train.loss_and_metrics(
-                        run.model, run.optim.z_loss_coef, decoder, params, rows, counts, True, key
+                        run, decoder, params, rows, counts, True, key
                     )
                     found = torch.autograd.grad(total, list(params.values()))
                     for path, g in zip(params, found, strict=True):
                         grads[path] = grads[path] + g if sums and path in grads else g
-                    for name, value in (part | {"total_loss": total}).items():
+                    for name, value in part.items():
                         metrics[name] = metrics.get(name, 0) + value.detach()
                 return grads, metrics
 

@@ -13,7 +13,6 @@ earlier than they are needed.
 """
 
 import functools
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from convert.checkpoints import CHECKPOINTS, chosen
 from convert.kept import kept
 from convert.specials import Specials, of_files, of_tokenizer
 from jaxlm.config import InputError, ModelConfig, RunConfig, load
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from jaxlm.model import Params
     from torchref.model import Decoder
 
-TORCH_CHECKPOINTS = "checkpoints-torch"  # of a run that torchref trained: latest/ and best/
 OPTIMIZER, FACTS = "optimizer.safetensors", "training.json"
 OTHER_SLOTS = {"momentum_buffer", "exp_avg_codes", "exp_avg_sq_codes"}  # of Muon, and of AdamW in 8 bits
 Kind = Literal["run", "jaxlm", "torch", "hf", "gguf", "gptoss", "pt"]
@@ -56,7 +55,7 @@ class Moments:
 
     m: Mapping[str, Lazy]  # running mean of the gradients
     v: Mapping[str, Lazy]  # running mean of their squares
-    step: int  # optimizer steps done
+    step: int  # updates made, which bias corrections count; skipped ones are none
 
 
 @dataclass(frozen=True)
@@ -84,33 +83,22 @@ class Target:
     kind: Kind = "torch"
     foreign: Contents | None = None  # of formats whose configuration cannot be had without opening them
 
+    @functools.cached_property
+    def _chosen(self) -> tuple[str, Any]:
+        """Whose checkpoint of a run is meant, and what its reader calls it; only whole ones are."""
+        return chosen(self.path, self.checkpoint)
+
     @property
     def torch_weights(self) -> Path | None:
-        """Directory of the torchref checkpoint, None where something else has the weights."""
+        """Directory of the torchref checkpoint, None where something else has the weights.
+
+        Of a run that both frameworks trained, the later step is the latest and the lower loss the best. Raises
+        InputError where a run's checkpoints are damaged.
+        """
         if self.run is None:
             return self.path if self.kind == "torch" else None
-        directory = self.path / TORCH_CHECKPOINTS / self.checkpoint
-        return directory if (directory / WEIGHTS).is_file() and not self._orbax_is_meant else None
-
-    @functools.cached_property
-    def _orbax_is_meant(self) -> bool:
-        """Of a run that both frameworks trained, the later step is the latest and the lower loss the best."""
-        if not _has_orbax(self.path):
-            return False
-        facts = self.path / TORCH_CHECKPOINTS / self.checkpoint / FACTS
-        if not facts.is_file():
-            return True
-        from jaxlm.checkpoint import Checkpoints
-
-        ours = Checkpoints(RunDir(self.path).checkpoints)
-        try:
-            theirs = json.loads(facts.read_text(encoding="utf-8"))
-            step, best = int(theirs["step"]), float(theirs["best"])
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise TargetError(f"{facts} cannot be read: {error}") from None
-        if self.checkpoint == "latest":
-            return (ours.latest_step or 0) >= step
-        return ours.best_metric is not None and ours.best_metric <= best
+        framework, which = self._chosen
+        return self.path / CHECKPOINTS["torch"] / which if framework == "torch" else None
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -145,7 +133,7 @@ class Target:
         if self.foreign is not None:
             return self.foreign
         if self.run is not None and self.torch_weights is None:
-            return _of_run(self.run, RunDir(self.path).checkpoints, self.checkpoint)
+            return _of_run(self.run, RunDir(self.path).checkpoints, self._chosen[1])
         if self.kind == "jaxlm":
             return _of_jaxlm(self.path, self.config)
         if self.kind == "pt":
@@ -303,7 +291,7 @@ def _open_single(path: Path, checkpoint: str, optimizer: bool) -> Target:
     raise TargetError(f"{path} is a file of no known kind; {_EXPECTED}")
 
 
-def _of_run(run: RunConfig, directory: Path, which: str) -> Contents:
+def _of_run(run: RunConfig, directory: Path, which: Any) -> Contents:
     """An orbax checkpoint on one device, whatever mesh saved it."""
     import jax
 
@@ -311,7 +299,7 @@ def _of_run(run: RunConfig, directory: Path, which: str) -> Contents:
     from jaxlm.checkpoint import Checkpoints
     from jaxlm.engine import restore_state
 
-    state, _ = restore_state(run, Checkpoints(directory), which)  # type: ignore[arg-type]
+    state, _ = restore_state(run, Checkpoints(directory), which)
     adam = optim.moments(state.opt_state)
     params = {path: Lazy.of(np.asarray(x), str(directory)) for path, x in state.params.items()}
     wide = {path for path, x in adam.v.items() if isinstance(x, jax.Array)}
@@ -320,7 +308,7 @@ def _of_run(run: RunConfig, directory: Path, which: str) -> Contents:
         note = f"{others} parameters have Muon's momentum or moments in 8 bits; no other format takes the optimizer"
         return Contents(params, notes=(note,))
     m, v = ({path: Lazy.of(np.asarray(x), str(directory)) for path, x in slot.items()} for slot in adam)
-    return Contents(params, Moments(m, v, int(state.step)))
+    return Contents(params, Moments(m, v, int(state.step - state.guard.skipped)))
 
 
 def _of_jaxlm(path: Path, config: ModelConfig) -> Contents:
@@ -385,19 +373,15 @@ def _stored_moments(path: Path, slots: dict[str, str], ours: Any) -> Moments | N
     if not stored:
         return None
     try:
-        step = read_object(path / FACTS)["step"]
+        facts = read_object(path / FACTS)
+        step = facts["step"]
         if type(step) is not int or step < 0:
             raise ValueError(f"step={step!r} must be a count of steps")
-    except (OSError, ValueError, KeyError) as error:
+        step -= facts.get("guard", {}).get("skipped", 0)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise TargetError(f"{path / FACTS} cannot be read: {error}") from None
     split = {
         slot: {name.partition(":")[2]: t for name, t in stored.items() if name.partition(":")[0] == theirs}
         for slot, theirs in slots.items()
     }
     return Moments(ours(split["m"]), ours(split["v"]), step)
-
-
-def _has_orbax(path: Path) -> bool:
-    from jaxlm.checkpoint import Checkpoints
-
-    return bool(Checkpoints(RunDir(path).checkpoints).steps)

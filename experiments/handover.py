@@ -8,13 +8,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from convert.targets import TORCH_CHECKPOINTS
-from experiments.cli import need, say
+from convert.checkpoints import CHECKPOINTS, candidates
+from experiments.cli import say
 from jaxlm.checkpoint_files import DamagedError
 from jaxlm.config import InputError, RunConfig
 from jaxlm.run_dir import RunDir
 
-CHECKPOINTS = {"jax": "checkpoints", "torch": TORCH_CHECKPOINTS}  # folders of a run directory
 OTHER = {"jax": "torch", "torch": "jax"}
 
 
@@ -27,7 +26,7 @@ def resume(run: RunConfig, directory: RunDir, engine: Any, framework: str) -> di
     other = OTHER[framework]
     folder = directory.path / CHECKPOINTS[other]
     own = [(step, True, which) for step, which in engine.candidates]
-    foreign = [(step, False, which) for step, which in candidates(folder, other)] if folder.is_dir() else []
+    foreign = [(step, False, which) for step, which in candidates(directory.path, other)]
     damages: list[str] = []
     for step, is_own, which in sorted(own + foreign, key=lambda found: found[:2], reverse=True):
         try:
@@ -41,20 +40,11 @@ def resume(run: RunConfig, directory: RunDir, engine: Any, framework: str) -> di
             say(f"continuing from the {other} checkpoint of step {step:.0f}")
         return extra
     if damages:
-        raise InputError(f"{directory.path} has no whole checkpoint: {'; '.join(damages)}")
+        raise InputError(
+            f"{directory.path} has no whole checkpoint; bring back a copy of one, or start anew in another --run-dir: "
+            + "; ".join(damages)
+        )
     return None
-
-
-def candidates(folder: Path, framework: str) -> list[tuple[float, Any]]:
-    """(step, what its reader calls it) of every checkpoint in a framework's folder, damaged ones included."""
-    if framework == "torch":
-        need("torch")
-        from torchref.checkpoint import candidates as of_torch
-
-        return of_torch(folder)
-    from jaxlm.checkpoint import Checkpoints
-
-    return [(step, step) for step in Checkpoints(folder).numbers]
 
 
 def _from_torch(run: RunConfig, folder: Path, engine: Any, which: str) -> dict[str, Any]:

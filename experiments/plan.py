@@ -10,6 +10,7 @@ stand beside. --batch and --seq are short for --train.batch-size and --train.seq
 """
 
 import importlib.metadata
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Annotated, Literal
 import tyro
 
 from jaxlm.cli import main_guard, parse
-from jaxlm.config import ConfigError, ModelConfig, RunConfig
+from jaxlm.config import ConfigError, ModelConfig, RunConfig, require
 from jaxlm.count import active_param_count, param_count
 from jaxlm.estimate import USABLE, Device, budget, device, expected_collectives, memory
 from jaxlm.presets import PRESETS, preset
@@ -54,6 +55,7 @@ def main(argv: list[str]) -> int:
         return _decode([word for word in argv if word != "--decode"])
     name, options = _options(argv)
     run, on = options.run, device(options.device)
+    require(math.isfinite(options.tokens), f"tokens={options.tokens} must be a finite number")
     tokens = int(options.tokens) or run.train.steps * run.train.batch_size * run.train.seq_len
     fits = _tell(name, run, options, on, tokens)
     wanted = options.compile == "yes" or (options.compile == "auto" and _has_compiler(options.device))
@@ -136,7 +138,7 @@ def _tell(name: str, run: RunConfig, options: PlanOptions, on: Device, tokens: i
     expected = expected_collectives(run)
     print("  collectives  " + ("none" if not expected else ""))
     for kind, reason in expected.items():
-        print(f"    {kind:<18}{reason}")
+        print(f"    {kind:<20}{reason}")
     return fits
 
 

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from convert.checkpoints import CHECKPOINTS
 from experiments.cli import RunOptions, main_guard, need, parse_run, say
-from experiments.handover import CHECKPOINTS, resume
+from experiments.handover import resume
 from experiments.launch import join, launch, open_together
 from jaxlm.checkpoint_files import preflight
 from jaxlm.config import ConfigError, RunConfig
@@ -82,11 +83,12 @@ def pretrain(options: RunOptions, others: Any | None = None) -> Trained:
     try:
         with contextlib.nullcontext() if others is None else others.main_first("data"):
             data = open_run_data(run, directory, resumed or not main, say)
+        ready = set_up(run, directory, data, options.framework, resumed, main)
     except BaseException:
         if not existed and main:
             shutil.rmtree(path, ignore_errors=True)
         raise
-    return train(run, directory, data, options.framework, resumed, options.profile, main)
+    return train(run, directory, data, options.framework, ready, options.profile, main)
 
 
 def check_inputs(run: RunConfig) -> None:
@@ -131,16 +133,21 @@ def check_devices(run: RunConfig, framework: str) -> None:
     require_all_devices(make_mesh(run.mesh))
 
 
-def train(
-    run: RunConfig,
-    directory: RunDir,
-    data: RunData,
-    framework: str,
-    resumed: bool,
-    profile: bool = False,
-    main: bool = True,
-) -> Trained:
-    """The loop on opened data. main: whether this process writes what there is one of."""
+@dataclass
+class Ready:
+    """What training starts from."""
+
+    engine: Any
+    loader: Any  # at the batch of the engine's next step
+    validation: list[Any]  # batches of every validation
+    best: float  # validation loss so far
+    resume_step: int | None  # None = a fresh start
+
+
+def set_up(
+    run: RunConfig, directory: RunDir, data: RunData, framework: str, resumed: bool, main: bool = True
+) -> Ready:
+    """Engine and batches. Raises InputError where data, disk or checkpoints cannot be used."""
     engine = make_engine(run, directory, framework)
     if main:
         directory.write_env([device_kind(framework)], run.train.seed)
@@ -151,6 +158,20 @@ def train(
         loader.set_state(loader_state)
     describe(run, engine, framework)
     validation = list(eval_batches(data.val, settings, run.train.eval_batches))
+    return Ready(engine, loader, validation, best, step if resumed else None)
+
+
+def train(
+    run: RunConfig,
+    directory: RunDir,
+    data: RunData,
+    framework: str,
+    ready: Ready,
+    profile: bool = False,
+    main: bool = True,
+) -> Trained:
+    """The loop. main: whether this process writes what there is one of."""
+    engine, step = ready.engine, ready.engine.step
     plots = LivePlots(directory.path) if run.train.plots and main else None
     rejected = directory.path / "bad_batches"
     outputs = Outputs(
@@ -158,9 +179,10 @@ def train(
         directory.path / "profile" if profile and main else None,
         plots,
     )
-    sinks = open_sinks(run, directory, resume_step=step if resumed else None) if main else Sinks()
+    sinks = open_sinks(run, directory, resume_step=ready.resume_step) if main else Sinks()
     with sinks as sink:
-        result = fit(run, engine, loader, validation, reporter(run, data, framework, sink), best, outputs)
+        report = reporter(run, data, framework, sink)
+        result = fit(run, engine, ready.loader, ready.validation, report, ready.best, outputs)
     if plots is not None and not result.stopped_by:
         plots.close()
     if result.stopped_by:

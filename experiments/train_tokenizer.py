@@ -21,7 +21,7 @@ import tyro
 
 from experiments.cli import main_guard, parse, say
 from jaxlm.chat import open_template, special_tokens
-from jaxlm.config import ConfigError, nearest
+from jaxlm.config import ConfigError, InputError, nearest
 from jaxlm.data.blocks import BLOCK_BYTES, rows
 from jaxlm.data.corpus import is_validation, open_corpus
 from jaxlm.data.sources import Source, open_source
@@ -113,8 +113,11 @@ def main(argv: list[str]) -> int:
     texts = Texts(_source(options), options)
     specials = special_tokens(template, options.special)
     tokenizer = Tokenizer.train(texts, options.vocab_size, options.kind, specials, template)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(out)
+    except OSError as error:
+        raise InputError(f"{out} cannot be written: {error.strerror}") from None
     measure(tokenizer, texts)
     say(f"written to {out}, its chat template to {template_file(out)}")
     return 0

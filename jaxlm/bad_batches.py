@@ -27,7 +27,9 @@ class BadBatches:
     def __init__(self, train: TrainConfig, folder: Path | None, say: Callable[[str], None]) -> None:
         """`folder` is RUN/bad_batches, made when it is needed; None keeps no batches. `say` takes one line a skip."""
         self._train, self._folder, self._say = train, folder, say
-        self._in_a_row = 0
+        self._in_a_row = (
+            train.max_skips - 1
+        )  # a resumed run may have been left with as many; its next step tells
         self.reason = ""
 
     @property
@@ -60,7 +62,7 @@ class BadBatches:
             return None
         unfinished = path.with_suffix(".tmp")
         try:
-            self._folder.mkdir(exist_ok=True)
+            self._folder.mkdir(parents=True, exist_ok=True)
             arrays = {name: np.ascontiguousarray(value) for name, value in batch.items()}
             save_file(arrays, unfinished, metadata={"step": str(step), "reason": why})
             unfinished.replace(path)

@@ -30,6 +30,7 @@ from jaxlm import checkpoint_files as files
 from jaxlm import cli
 from jaxlm.checkpoint_files import DamagedError, DiskFullError
 from jaxlm.config import InputError
+from jaxlm.distributed import agree
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -98,6 +99,7 @@ class Checkpoints:
         self._pending: Future[None] | None = None
         self._draft: dict[str, Any] = {}
         self._written: set[int] = set()
+        self._asked = 0  # how often space was asked for
         absl_logging.get_absl_logger().addFilter(_NOT_FROM_ORBAX)  # adding it twice does nothing
         _ignore_dead_loops()
 
@@ -342,11 +344,20 @@ class Checkpoints:
             raise self._failure(step, error) from None
         self._written.add(step)
         if jax.process_index() == 0:
-            past = [s for s in self.steps if s <= step]  # beyond lies a history that a restore has abandoned
-            whole = [s for s in past if self._is_whole(s)]
-            for old in set(self.numbers) - {*whole[-self.keep :], self._best(past)}:
-                self._remove(old)
-            shutil.rmtree(self.directory / WRITING, ignore_errors=True)
+            try:
+                self._tidy(step)
+            except OSError as error:  # the new checkpoint is whole, and that is what matters
+                self._say(
+                    f"warning: superseded checkpoints were not removed from {self.directory}: {_line(error)}"
+                )
+
+    def _tidy(self, step: int) -> None:
+        """Removes what the checkpoint of `step` supersedes."""
+        past = [s for s in self.steps if s <= step]  # beyond lies a history that a restore has abandoned
+        whole = [s for s in past if self._is_whole(s)]
+        for old in set(self.numbers) - {*whole[-self.keep :], self._best(past)}:
+            self._remove(old)
+        shutil.rmtree(self.directory / WRITING, ignore_errors=True)
 
     def _commit(self, step: int) -> None:
         """Seals what orbax has written and puts it in its place; before, there is no checkpoint of this name."""
@@ -372,7 +383,8 @@ class Checkpoints:
         shutil.rmtree(self._put_away(step), ignore_errors=True)
 
     def _require_space(self, need: int) -> None:
-        free = files.free_bytes(self.directory)
+        self._asked += 1  # process 0 looks for all: some must not start what others do not
+        free = agree(f"free space {self._asked}", files.free_bytes(self.directory))
         if need > free:
             sizes = f"{need / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free"
             raise OSError(errno.ENOSPC, f"disk full: {sizes}")

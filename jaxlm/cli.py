@@ -12,7 +12,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from jaxlm.config import ConfigError, InputError, MeshConfig, nearest
 
@@ -21,6 +21,8 @@ WORKER = "JAXLM_WORKER"  # variable in which a supervising parent tells a proces
 CRASHED = 70  # exit code of a supervised process that ended with an exception nobody expected
 _ORDINARY = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS} | {
     errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.EPERM,
     errno.EISDIR,
     errno.ENOTDIR,
 }  # what a person can bring about: a full disk, a place that may not be written to, a name that cannot be
@@ -37,32 +39,40 @@ def main_guard(main: Callable[[list[str]], int | None], failures: tuple[type[Exc
     if WORKER in os.environ:
         _supervised(main, failures)
     try:
-        sys.exit(main(sys.argv[1:]) or 0)
+        code = _run(main, failures)
+    except KeyboardInterrupt:
+        leave(130)
+    sys.exit(code)
+
+
+def _run(main: Callable[[list[str]], int | None], failures: tuple[type[Exception], ...]) -> int:
+    """The exit code of an entry point; what a person can do something about is said in a line."""
+    try:
+        return main(sys.argv[1:]) or 0
     except InputError as error:
         fail(str(error))
     except failures as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        print(f"error: {readable(str(error))}", file=sys.stderr, flush=True)
+        return 1
     except BrokenPipeError:
         # Whoever read the output has enough; the interpreter must not try to flush the rest at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(0)
+        return 0
     except OSError as error:
         if error.errno not in _ORDINARY:
             raise
         fail(f"{error.filename or 'output'}: {error.strerror}")
-    except KeyboardInterrupt:
-        leave(130)
 
 
 def _supervised(main: Callable[[list[str]], int | None], failures: tuple[type[Exception], ...]) -> None:
     """A process among several: it ends at once, never waiting at exit for peers that may wait for it."""
     code = CRASHED
     try:
-        code = main(sys.argv[1:]) or 0
-    except (InputError, *failures) as error:
-        print(f"error: {readable(str(error))}", file=sys.stderr, flush=True)
-        code = 2 if isinstance(error, InputError) else 1
+        code = _run(main, failures)
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
+    except KeyboardInterrupt:
+        code = 130
     except BaseException:
         with os.fdopen(
             os.dup(2), "w"
@@ -84,7 +94,7 @@ def leave(code: int) -> None:
     sys.exit(code)
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     """Prints what was wrong, a line each, and exits with 2."""
     print(f"error: {readable(message)}", file=sys.stderr, flush=True)
     sys.exit(2)

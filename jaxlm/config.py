@@ -357,6 +357,10 @@ class TrainConfig:
         for name in ("eval_every", "save_every", "seed", "spike_z"):
             require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)} must not be negative")
         require(
+            not self.spike_z or self.spike_window > 1,
+            f"train.spike_window={self.spike_window} must be at least 2 with spike_z={self.spike_z}",
+        )
+        require(
             self.batch_size % self.accumulation == 0,
             f"train.batch_size={self.batch_size} must be a multiple of accumulation={self.accumulation}",
         )
@@ -407,7 +411,8 @@ class RunConfig:
         if self.mesh.expert > 1:
             require(
                 self.model.moe.n_experts > 0 and self.model.moe.n_experts % self.mesh.expert == 0,
-                f"moe.n_experts={self.model.moe.n_experts} must be divisible by mesh expert={self.mesh.expert}",
+                f"mesh expert={self.mesh.expert} splits experts, but moe.n_experts={self.model.moe.n_experts}; "
+                "it must be a multiple",
             )
         require(
             self.model.n_kv_heads % self.mesh.tensor == 0,

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.config import ConfigError
 from jaxlm.sharding import batch_sharding
@@ -125,6 +125,15 @@ def place_rows(
         )
         for name, array in batch.items()
     }
+
+
+def place_votes(mesh: Mesh, vote: int) -> jax.Array:
+    """int32 [devices of the mesh], this process's vote on each of its own.
+
+    Not a value per row: along `tensor`, processes that hold the same rows may differ in what they say.
+    """
+    places = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    return jax.make_array_from_callback((mesh.size,), places, lambda _: np.full(1, vote, np.int32))
 
 
 def require_all_devices(mesh: Mesh) -> None:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import RunConfig
-from jaxlm.distributed import own_rows, place_rows
+from jaxlm.distributed import own_rows, place_rows, place_votes
 from jaxlm.guard import init_guard
 from jaxlm.layers import Backends
 from jaxlm.model import Params, abstract_model
@@ -102,10 +102,11 @@ class JaxEngine:
         """One optimizer step; the metrics are futures. Among several processes `batch` holds this one's rows."""
         assert self.state is not None, "initialise() or restore() first"
         values = as_arrays(scalars(self.run.optim, self._step), np.dtype(self.run.train.param_dtype))
-        if self.rows is not None:
-            batch = batch | {"stop": np.full(len(self.rows), stop, np.int32)}
+        placed = self._place(batch)
+        if self.rows is not None and self.mesh is not None:
+            placed |= {"stop": place_votes(self.mesh, stop)}
         with self._on_mesh():
-            self.state, metrics = self._train(self.state, self._place(batch), values)
+            self.state, metrics = self._train(self.state, placed, values)
         self._step += 1
         return metrics
 

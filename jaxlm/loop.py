@@ -27,6 +27,7 @@ from jaxlm.reporter import Reporter, host_values
 from jaxlm.trace import Trace
 
 HostBatch = dict[str, np.ndarray]
+TOGETHER = 0.5  # seconds within which signals are one
 
 
 @runtime_checkable
@@ -87,10 +88,14 @@ class DivergedError(StoppedError):
 
 @dataclass
 class Interrupts:
-    """Counts SIGINT and SIGTERM while the loop runs: one asks to stop after the step, two leave at once."""
+    """Counts SIGINT and SIGTERM while the loop runs: one asks to stop after the step, two leave at once.
+
+    Those that come within half a second are one: a scheduler signals a process and its parent, which passes it on.
+    """
 
     received: int = 0
     name: str = ""
+    _last: float = -math.inf  # when, by the monotonic clock
     _previous: dict[int, Any] = field(default_factory=dict)
 
     def __enter__(self) -> "Interrupts":
@@ -106,6 +111,9 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        again, self._last = time.monotonic() - self._last < TOGETHER, time.monotonic()
+        if again:
+            return
         self.received += 1
         self.name = signal.Signals(number).name
         if self.received > 1:

@@ -138,7 +138,9 @@ def read_metrics(path: Path, most: int | None = None) -> list[dict[str, Any]]:
             row = json.loads(line)
             rows.append({"step": int(row["step"])} | {key: _decoded(value) for key, value in row.items()})
         except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError):
-            raise MetricsError(f"{path}: line {number} is not a JSON object with a step") from None
+            raise MetricsError(
+                f"{path}: line {number} is not a JSON object with a step; mend or delete it"
+            ) from None
     return rows
 
 

@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -195,17 +194,6 @@ def move_aside(path: Path) -> Path:
     while (free := path.with_name(f"{path.name}-{number}")).exists():
         number += 1
     return path.rename(free)
-
-
-def require_space(path: Path, size: int) -> None:
-    """Raises RunDirError unless the disk of `path` (which need not exist yet) has `size` bytes free."""
-    path = Path(path).absolute()
-    free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
-    if free < size:
-        raise RunDirError(
-            f"{path} needs {size / 1e9:.3g} GB but its disk has {free / 1e9:.3g} GB free; "
-            "free some, lower train.keep, or choose another --run-dir"
-        )
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -112,12 +112,17 @@ def begin(me: Worker) -> None:
     out, terminal = os.dup(1), os.dup(2)
     for descriptor in (1, 2):
         os.dup2(log, descriptor)  # native code writes there whatever Python does
-    first = os.environ.get(_rank_name(), "0") == "0" if me.cluster else me.index == 0
+    first = _is_first(me)
     sys.stdout = os.fdopen(out if first else os.dup(log), "w", buffering=1)
     sys.stderr = os.fdopen(terminal if first else os.dup(log), "w", buffering=1)
     faulthandler.enable(log)
     faulthandler.register(signal.SIGUSR1, log, all_threads=True)
     threading.Thread(target=_beat, args=(me.beat,), name="signs of life", daemon=True).start()
+
+
+def _is_first(me: Worker) -> bool:
+    """Whether this is process 0 of all, which alone is heard."""
+    return os.environ.get(_rank_name(), "0") == "0" if me.cluster else me.index == 0
 
 
 def _beat(pipe: int) -> None:
@@ -138,6 +143,7 @@ class _Child:
     process: "subprocess.Popen[bytes]"
     pipe: int
     log: Path
+    is_heard: bool  # what it says shows at the terminal
     heard: float = field(default_factory=time.monotonic)
 
     def end(self) -> str:
@@ -236,7 +242,7 @@ def _start(command: Sequence[str], me: Worker, logs: Path) -> _Child:
     )
     os.close(speak)
     os.set_blocking(listen, False)
-    return _Child(_title(me), process, listen, Path(me.log))
+    return _Child(_title(me), process, listen, Path(me.log), _is_first(me))
 
 
 def _title(me: Worker) -> str:
@@ -281,20 +287,19 @@ def _verdict(children: list[_Child]) -> int:
     ended = [child for child in children if child.end()]
     if not ended:
         return 0
-    codes = [child.process.returncode for child in ended]
-    if 2 in codes:
-        alone = ended[codes.index(2)]
-        if alone is not children[0]:  # else it has said so itself
-            say(f"{alone.name} refused its input; see {alone.log}")
-        return 2
-    # A process that loses a peer aborts or raises; one that was killed from outside did not do so by itself.
+    # A process that loses a peer aborts, raises or refuses what it reads; one that was killed from outside did not.
     by_hand = [c for c in ended if c.process.returncode in (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS)]
-    first = (by_hand or ended)[0]
-    if first.process.returncode not in (1, 128 + signal.SIGINT, 128 + signal.SIGTERM):
+    told = [c for c in ended if c.process.returncode in (1, 2)]
+    first = (by_hand or told or ended)[0]
+    code = first.process.returncode
+    if code in (1, 2):
+        if not first.is_heard:  # else it has said why itself
+            say(f"{first.name} {'refused its input' if code == 2 else 'had to stop'}; see {first.log}")
+    elif code not in (128 + signal.SIGINT, 128 + signal.SIGTERM):
         say(
             f"{first.name} {first.end()}; the others were ended; see {first.log.parent}, then go on with --resume"
         )
-    return first.process.returncode if first.process.returncode > 0 else 1
+    return code if code > 0 else 1
 
 
 def _kill(children: list[_Child]) -> None:

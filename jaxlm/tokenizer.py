@@ -34,6 +34,7 @@ __all__ = [
     "template_file",
 ]
 
+LARGEST = 1 << 20  # ids; the trainer allocates for all that are asked for before it reads
 KINDS = ("gpt4", "tfm")  # byte-level BPE that splits as GPT-4 does; NFD, Metaspace and Punctuation
 
 
@@ -92,8 +93,8 @@ class Tokenizer:
             specials: texts of the special tokens, in the order of their ids.
 
         Raises:
-            TokenizerError: the kind is unknown, `vocab_size` is below the 256 bytes and the special tokens, or two of
-                those are the same.
+            TokenizerError: the kind is unknown, `vocab_size` is below the 256 bytes and the special tokens or above
+                LARGEST, or two of those tokens are the same.
         """
         if kind not in KINDS:
             raise TokenizerError(
@@ -102,6 +103,10 @@ class Tokenizer:
         twice = [text for n, text in enumerate(specials) if not text or text in specials[:n]]
         if twice:
             raise TokenizerError(f"special token {twice[0]!r} is empty or stands twice")
+        if vocab_size > LARGEST:
+            raise TokenizerError(
+                f"vocab_size={vocab_size} is above {LARGEST:,}, the most that is trained here"
+            )
         trained = (ByteLevel if kind == "gpt4" else Metaspace).train(texts, vocab_size, specials)
         return cls.of(trained, chat_template)
 

@@ -178,7 +178,7 @@ def make_train_step(
     """The jitted step. With a mesh, call it under `jax.set_mesh(mesh)`, the batch placed by `place_batch`.
 
     Where `judge` does not accept the batch, parameters and optimizer state stay as they are, bit for bit. A batch may
-    hold `stop` [B] int32, in which each of several processes says whether it was asked to stop: the metric `stop`
+    hold `stop` int32 [devices], in which each of several processes says whether it was asked to stop: the metric `stop`
     then tells them all.
     """
     gradients, optimizer = make_gradient_fn(run, backends), make_optimizer(run.optim)

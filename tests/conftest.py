@@ -29,6 +29,13 @@ LONG = {"test_readme.py", "test_suite.py", "test_pretrain.py"} | {
     "test_hf_models.py",
     "test_kill.py",
     "test_peft.py",
+    "test_optimizers.py",
+    "test_guard.py",
+    "test_prepare.py",
+    "test_processes.py",
+    "test_sharding.py",
+    "test_plots.py",
+    "test_replication.py",
 }
 # Imports that may be missing -> the distribution's module that decides whether they work.
 OPTIONAL = {
@@ -43,6 +50,10 @@ OPTIONAL = {
     "mpmath": "mpmath",
     "matplotlib": "matplotlib",
     "pyarrow": "pyarrow",
+    "jinja2": "jinja2",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "datasets": "datasets",
 }
 
 

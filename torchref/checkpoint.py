@@ -159,13 +159,14 @@ def candidates(directory: Path) -> list[tuple[float, str]]:
 
 
 def save_run(state: Any, directory: Path, extra: dict[str, Any], is_best: bool) -> None:
-    """Writes latest/, which was the last one becomes previous/, and best/ too where this is the best.
+    """Writes best/ where this is the best, and then latest/; which was the last one becomes previous/.
 
-    A kill at any moment leaves one of them whole. Raises NoSpaceError, with those before as they were.
+    In this order no latest/ names a best value whose weights a kill has left unwritten. A kill at any moment leaves one
+    of them whole. Raises NoSpaceError, with those before as they were.
     """
     directory = Path(directory)
     size = state_bytes(state)
-    for name in ("latest", "best") if is_best else ("latest",):
+    for name in ("best", "latest") if is_best else ("latest",):
         fresh = directory / (name + NEW)
         shutil.rmtree(fresh, ignore_errors=True)
         try:

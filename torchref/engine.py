@@ -33,7 +33,7 @@ class TorchEngine:
 
     def restore(self, which: str = "latest") -> dict[str, Any]:
         """Continues from a folder of `candidates`; returns what was saved beside the state."""
-        if not (self.directory / which / "training.json").is_file():
+        if not (self.directory / which).is_dir():
             raise CheckpointError(f"{self.directory / which}: no checkpoint to restore")
         self.state, extra = load_training(
             init_state(self.run, self.device, self.backends), self.directory / which

@@ -41,7 +41,9 @@ def check_folder(out_dir: Path) -> None:
         return
     if not out_dir.is_dir():
         raise DataError(f"{out_dir} is a file; tokenised data needs a folder")
-    others = sorted(p.name for p in out_dir.iterdir() if p.name not in _OWN)
+    names = sorted(p.name for p in out_dir.iterdir())
+    # A tokenizer alone is somebody's own, however much it is called like a part of a preparation.
+    others = [n for n in names if n not in _OWN] if {*SPLITS, DATASET, PROGRESS} & set(names) else names
     if others:
         raise DataError(f"{out_dir} holds {others[0]!r}, which is no tokenised data; choose another folder")
 

@@ -150,7 +150,7 @@ def _checked_position(state: Any, identity: DatasetIdentity, most: int) -> int:
         if type(there) is not type(here) or there != here:
             raise DataError(
                 "the saved data position belongs to another dataset: "
-                f"{name} was {_short(there)}, now it is {_short(here)}"
+                f"{name} was {_short(there)}, now it is {_short(here)}; give the run the data that it began with"
             )
     return position
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jaxlm.config import ConfigError, DataConfig, RunConfig, nearest
 from jaxlm.data.corpus import Corpus, open_corpus
-from jaxlm.data.folder import SPLITS
+from jaxlm.data.folder import DATASET, SPLITS, TOKENIZER
 from jaxlm.data.prepare import prepare
 from jaxlm.data.shards import TokenStore, open_shards
 from jaxlm.run_dir import RunDir
@@ -46,10 +46,9 @@ def open_run_data(run: RunConfig, directory: RunDir, resumed: bool, say: Say) ->
     if not parts and is_prepared(run.data.path):
         parts = ((run.data.path, 1.0),)
     if parts:
-        data = _prepared(run, parts)
+        data = _prepared(run, parts, say)
     else:
         data = _raw(run, directory, resumed, say)
-    _check_vocabulary(run, data.tokenizer, say)
     _keep_tokenizer(directory, data.tokenizer, resumed)
     for name, weight, train, val in zip(data.names, data.weights, data.train, data.val):
         share = f", {weight:.4g} of the mixture" if len(parts) > 1 else ""
@@ -60,7 +59,8 @@ def open_run_data(run: RunConfig, directory: RunDir, resumed: bool, say: Say) ->
 def is_prepared(path: str) -> bool:
     """Whether `path` is a folder of tokenised data rather than raw text."""
     folder = Path(path)
-    return bool(path) and (folder / "tokenizer.json").is_file() and (folder / "train" / "meta.json").is_file()
+    named = any((folder / name).is_file() for name in (TOKENIZER, DATASET))
+    return bool(path) and named and (folder / "train" / "meta.json").is_file()
 
 
 def parse_mixture(entries: Sequence[str]) -> tuple[tuple[str, float], ...]:
@@ -93,7 +93,7 @@ def parse_mixture(entries: Sequence[str]) -> tuple[tuple[str, float], ...]:
     return tuple(parts)
 
 
-def _prepared(run: RunConfig, parts: Sequence[tuple[str, float]]) -> RunData:
+def _prepared(run: RunConfig, parts: Sequence[tuple[str, float]], say: Say) -> RunData:
     tokenizers = [_tokenizer_of(folder) for folder, _ in parts]
     for (folder, _), tokenizer in zip(parts[1:], tokenizers[1:]):
         if tokenizer.fingerprint() != tokenizers[0].fingerprint():
@@ -102,6 +102,7 @@ def _prepared(run: RunConfig, parts: Sequence[tuple[str, float]]) -> RunData:
                 "prepare both with the same --tokenizer"
             )
     _check_choice(run.data, tokenizers[0], parts[0][0])
+    _check_vocabulary(run, tokenizers[0], f"of {parts[0][0]}", say)
     stores = {
         split: tuple(
             open_shards(Path(folder) / split, run.model.vocab_size, run.data.verify) for folder, _ in parts
@@ -146,6 +147,7 @@ def _check_choice(data: DataConfig, tokenizer: Tokenizer, folder: str) -> None:
 def _raw(run: RunConfig, directory: RunDir, resumed: bool, say: Say) -> RunData:
     corpus = open_corpus(run.data.path, run.data.column)
     tokenizer = _raw_tokenizer(run, directory, corpus, resumed, say)
+    _check_vocabulary(run, tokenizer, run.data.tokenizer, say)
     out = Path(run.data.cache) if run.data.cache else directory.path / "data"
     prepare(
         corpus,
@@ -176,11 +178,12 @@ def _raw_tokenizer(run: RunConfig, directory: RunDir, corpus: Corpus, resumed: b
     return tokenizer
 
 
-def _check_vocabulary(run: RunConfig, tokenizer: Tokenizer, say: Say) -> None:
+def _check_vocabulary(run: RunConfig, tokenizer: Tokenizer, name: str, say: Say) -> None:
+    """Before anything is tokenised or opened: the model must have a row for every id."""
     has, wants = tokenizer.vocab_size, run.model.vocab_size
     if has > wants:
         raise ConfigError(
-            f"the tokenizer {run.data.tokenizer} has {has} tokens but model.vocab_size={wants}; "
+            f"the tokenizer {name} has {has} tokens but model.vocab_size={wants}; "
             f"set --model.vocab-size {has}"
         )
     if has < wants:

@@ -94,7 +94,8 @@ def _message(part: Any, number: int, row: Row, key: str) -> dict[str, str]:
         return {"role": ("user", "assistant")[number % 2], "content": part}
     if isinstance(part, Mapping):
         role, content = _first(part, ("role", "from")), _first(part, ("content", "value"))
-        if isinstance(role, str) and (content is None or isinstance(content, str)):
+        told = "content" in part or "value" in part  # it may be null, but not have another name
+        if isinstance(role, str) and told and (content is None or isinstance(content, str)):
             return {"role": _ROLES.get(role, role), "content": content or ""}
     raise DataError(
         f"{row.where}: entry {number} of column {key!r} is no message {{role, content}}: {str(part)[:80]}"

@@ -98,6 +98,8 @@ class HubSource:
         """Names of all columns; where the hub does not tell, those of the first row."""
         try:
             return list(self._rows.column_names or next(iter(self._rows), {}))
+        except DataError:  # says all that there is to say
+            raise
         except Exception as error:
             raise self._failed(error, "cannot be read") from None
 
@@ -105,8 +107,9 @@ class HubSource:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200] or type(error).__name__
         where = self.path if self.path != self.description else ""
         return DataError(
-            f"{self.description}{f' ({where})' if where else ''} {what}: {reason}; the same command goes on "
-            f"where it was; local files work too: FOLDER --schema {self.schema.name}"
+            f"{self.description}{f' ({where})' if where else ''} {what}: {reason}; "
+            f"a preparation goes on where it was when it is started again; local files work too: "
+            f"FOLDER --schema {self.schema.name}"
         )
 
 

@@ -9,15 +9,17 @@ import pytest
 from helpers import random_params, tiny
 
 from convert import hf
+from convert.checkpoints import CHECKPOINTS
 from convert.gguf_tokenizer import refused_tokenizer
-from convert.native import export_torch
 from convert.specials import of_tokenizer
-from convert.targets import TORCH_CHECKPOINTS, open_target
+from convert.targets import open_target
 from jaxlm.chat import LLAMA3, Chat, special_tokens
 from jaxlm.config import RunConfig, TrainConfig, save
 from jaxlm.run_dir import RunDir
 from jaxlm.tensor_file import Lazy
 from jaxlm.tokenizer import Tokenizer, open_tokenizer
+from torchref.checkpoint import save_training
+from torchref.train import init_state
 
 transformers = pytest.importorskip("transformers")
 
@@ -59,10 +61,10 @@ def test_a_template_goes_from_a_run_into_every_format(kind: str, tmp_path: Path,
     """A run and our model directories keep it beside the tokenizer, Hugging Face's as ever; ids stay the same."""
     tokenizer, directory = trained(kind), RunDir(tmp_path / "run")
     directory.path.mkdir()
-    save(RunConfig(MODEL, train=TrainConfig(seq_len=8)), directory.config)
+    run = RunConfig(MODEL, train=TrainConfig(seq_len=8))
+    save(run, directory.config)
     tokenizer.save(directory.tokenizer)
-    latest = directory.path / TORCH_CHECKPOINTS / "latest"
-    export_torch(MODEL, random_params(MODEL, dtype=np.float32), latest)
+    save_training(init_state(run), directory.path / CHECKPOINTS["torch"] / "latest", {})
     steps = [
         (directory.path, "torch"),
         (tmp_path / "torch", "jaxlm"),

@@ -54,6 +54,7 @@ def test_what_does_not_fit_exits_with_1(capsys: pytest.CaptureFixture[str]) -> N
         (["gptoss", "--device", "h1000"], "unknown device 'h1000'"),
         (["gptoss", "--mfu", "40"], "mfu=40.0 must be above 0 and at most 1"),
         (["gptoss", "--tokens", "-1"], "tokens=-1 must be positive"),
+        (["gptoss", "--tokens", "nan"], "tokens=nan must be a finite number"),
         (["gptoss", "--mesh", "fsdp"], "is not of the form axis=count"),
         (["astragpt-7b", "--mesh", "fsdp=8"], "must be a multiple of the mesh's"),
         (["gptoss", "--batches", "3"], "unknown option --batches"),

@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -147,6 +148,8 @@ BAD = {
     "empty file": (["empty.jsonl"], ["empty.jsonl is empty"]),
     "no text": (["blank.jsonl"], ["blank.jsonl is empty: no text"]),
     "no messages": (["good.jsonl", "--schema", "messages", "--column", "text"], ["'text' holds str, not a list"]),
+    "messages of other keys": (["odd.jsonl", "--schema", "messages"], ["odd.jsonl line 1: entry 0", "no message"]),
+    "a tokenizer's folder": (["good.jsonl", "--out", "tok"], ["tok holds 'tokenizer.json', which is no tokenised data"]),
     "no tokenizer": (["good.jsonl", "--tokenizer", "nowhere.json"], ["nowhere.json"]),
     "no template": (["chat.jsonl", "--schema", "messages", "--template", "chatm"], ["chatm"]),
     "share": (["good.jsonl", "--val-fraction", "1.5"], ["--val-fraction 1.5"]),
@@ -175,6 +178,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(call, tmp_path, tokenizer, nam
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("dear")
     _jsonl(tmp_path / "blank.jsonl", [{"text": ""}] * 30)
+    (tmp_path / "tok").mkdir()
+    shutil.copy(tokenizer, tmp_path / "tok" / "tokenizer.json")
+    _jsonl(tmp_path / "odd.jsonl", [{"messages": [{"role": "user", "text": "hi"}]}] * 30)
     _jsonl(tmp_path / "chat.jsonl", [{"messages": TURNS}] * 30)
     words, wanted = BAD[name]
     more = ["--out", "out"] if "--out" not in words else []

@@ -14,8 +14,11 @@ from entry import SMALL, SMALL_MOE, run, sentences
 from tolerances import tolerance
 
 from experiments import export, pretrain, sample
+from jaxlm.data.corpus import open_corpus
+from jaxlm.data.prepare import prepare
 from jaxlm.metrics import read_metrics
 from jaxlm.presets import PRESETS
+from jaxlm.tokenizer import Tokenizer
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="needs PyTorch")
@@ -107,6 +110,11 @@ def _bad_inputs(tmp: Path) -> dict[str, tuple[list[str], list[str]]]:
     for name, content in files.items():
         (tmp / name).write_bytes(content)
     good = ["quickstart", *SMALL, *SMALL_MOE, "--data.path", str(tmp / "good.txt")]
+    tokenizer = Tokenizer.train([sentences(50)], 300)
+    (tmp / "tok").mkdir()
+    tokenizer.save(tmp / "tok" / "tokenizer.json")
+    prepare(open_corpus(str(tmp / "short.txt")), tokenizer, tmp / "few", 0.5, 2)
+    own = [*good, "--data.tokenizer", str(tmp / "tok")]
 
     def data(name: str) -> list[str]:
         return [*good[:-1], str(tmp / name)]
@@ -124,6 +132,15 @@ def _bad_inputs(tmp: Path) -> dict[str, tuple[list[str], list[str]]]:
         "mesh": ([*good, "--mesh", "data=4,fsdp=4", "--train.batch-size", "32"], ["16", "8 "]),
         "mesh axis": ([*good, "--mesh", "dta=2"], ["dta", "data"]),
         "tokenizer": ([*good, "--data.tokenizer", "nowhere.json"], ["nowhere.json"]),
+        "prepared too short": (
+            [*data("few"), "--model.vocab-size", "300"],
+            ["needs 41; lower train.seq_len"],
+        ),
+        "vocabulary": ([*own, "--model.vocab-size", "270"], ["tok has 300 tokens but model.vocab_size=270"]),
+        "somebody's folder": (
+            [*own, "--model.vocab-size", "300", "--data.cache", str(tmp / "tok")],
+            ["tok holds 'tokenizer.json', which is no tokenised data"],
+        ),
     }
 
 
@@ -140,6 +157,9 @@ BAD = (
     "mesh",
     "mesh axis",
     "tokenizer",
+    "prepared too short",
+    "vocabulary",
+    "somebody's folder",
 )
 
 
@@ -153,7 +173,7 @@ def test_bad_input_is_one_line_and_writes_nothing(call, tmp_path: Path, case: st
     assert "Traceback" not in done.err
     for part in expected:
         assert part in lines[0], lines[0]
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists() and (tmp_path / "tok" / "tokenizer.json").is_file()
 
 
 @pytest.fixture
@@ -273,7 +293,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_one_line(call, started) -> Non
         if (directory / "checkpoints" / str(step)).is_dir():
             (directory / "checkpoints" / str(step) / "manifest.json").write_bytes(b"")
     done = call(pretrain.main, *words, "--train.steps", 6, "--resume")
-    assert done.code == 2 and f"error: {directory} has no whole checkpoint: checkpoint of step" in done.err
+    assert done.code == 2 and f"error: {directory} has no whole checkpoint; bring back" in done.err
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])

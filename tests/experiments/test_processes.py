@@ -87,9 +87,12 @@ def test_two_processes_train_as_one_and_go_on_as_one(alone: Path, tmp_path: Path
 
 
 def test_a_signal_to_one_of_them_ends_all_at_the_same_step(alone: Path, tmp_path: Path) -> None:
-    """SIGTERM to the second process alone: both finish the same step, save and end with 0; nothing is lost."""
-    folder = tmp_path / "run"
-    process = start(folder, "--train.steps", "100000", "--train.log-every", "1", *TWO)
+    """SIGTERM to the second process alone: both finish the same step, save and end with 0; nothing is lost.
+
+    Along `tensor` both hold the same rows, and only one of them was asked.
+    """
+    folder, mesh = tmp_path / "run", ("--model.n-kv-heads", "4", "--mesh", "tensor=4")
+    process = start(folder, "--train.steps", "100000", "--train.log-every", "1", *mesh, *TWO[2:])
     second = wait_for_process(folder, process, 1)
     os.kill(second, signal.SIGTERM)
     code, said = finish(process)

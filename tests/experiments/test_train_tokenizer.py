@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 pytest.importorskip("tyro")
@@ -11,16 +10,18 @@ pytest.importorskip("torch")
 
 import tokenizers
 from entry import Outcome, run
-from helpers import random_params, tiny
+from helpers import tiny
 
-from convert.native import export_torch
-from convert.targets import TORCH_CHECKPOINTS, open_target
+from convert.checkpoints import CHECKPOINTS
+from convert.targets import open_target
 from experiments import sampler, train_tokenizer
 from jaxlm.chat import LLAMA3, chatml
 from jaxlm.config import RunConfig, TrainConfig, save
 from jaxlm.data.corpus import is_validation
 from jaxlm.run_dir import RunDir
 from jaxlm.tokenizer import Tokenizer, open_tokenizer
+from torchref.checkpoint import save_training
+from torchref.train import init_state
 
 pytestmark = pytest.mark.torch
 
@@ -103,11 +104,9 @@ def test_a_run_with_this_tokenizer_chats_by_its_template(corpus: Path, tmp_path:
     directory.path.mkdir()
     words = ("--vocab-size", 400, "--template", "llama3", "--special", "<|x|>", "--out", directory.path)
     assert train(corpus, "--column", "story", *words).code == 0
-    config = tiny(vocab_size=400, context=64)
-    save(RunConfig(config, train=TrainConfig(seq_len=8)), directory.config)
-    export_torch(
-        config, random_params(config, dtype=np.float32), directory.path / TORCH_CHECKPOINTS / "latest"
-    )
+    run = RunConfig(tiny(vocab_size=400, context=64), train=TrainConfig(seq_len=8))
+    save(run, directory.config)
+    save_training(init_state(run), directory.path / CHECKPOINTS["torch"] / "latest", {})
     options = sampler.SampleOptions(str(directory.path), chat=True)
     opened = sampler.Sampler(open_target(directory.path), options)
     tokenizer = opened.tokenizer
@@ -140,6 +139,8 @@ def test_bad_input_is_one_line(corpus: Path, tmp_path: Path, train) -> None:
             (corpus, *usual, "--template", tmp_path / "bad.jinja"),
             "bad.jinja: the chat template is not valid Jinja",
         ),
+        ((corpus, "--vocab-size", 10**12), "vocab_size=1000000000000 is above 1,048,576"),
+        ((corpus, *usual, "--out", "/proc/none/new.json"), "/proc/none/new.json cannot be written: No such"),
         ((corpus, *usual, "--template", "lama3"), "did you mean 'llama3'?"),
         ((corpus, *usual, "--val-fraction", 1), "val_fraction=1.0 must be at least 0 and below 1"),
         ((corpus, *usual, "--max-documents", -1), "max_documents=-1 must not be negative"),

@@ -20,6 +20,7 @@ from damage import flip
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.checkpoint import MANIFEST, CheckpointError, Checkpoints, NoSpaceError
+from jaxlm.checkpoint_files import DiskFullError, free_bytes, preflight
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -403,3 +404,64 @@ def test_saving_is_quiet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
     with jax.enable_x64(True):
         checkpoints.restore(4, like(state_of(0)))
     assert capfd.readouterr() == ("", "")
+
+
+def test_process_0_says_for_all_whether_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process must not start a save that another does not: its own disk usage does not count."""
+    checkpoints, asked = saved(tmp_path, 1), []
+    monkeypatch.setattr("jaxlm.checkpoint.agree", lambda name, own: asked.append((name, own)) or 0)
+    for step in (2, 3):
+        with pytest.raises(NoSpaceError, match="0 GB are free; the checkpoint of step 1 is intact"):
+            checkpoints.save(step, state_of(step), {})
+    assert len({name for name, _ in asked}) == 2 and all(own > 0 for _, own in asked)
+
+
+def test_what_cannot_be_removed_does_not_end_a_run(tmp_path: Path) -> None:
+    """The new checkpoint is committed, and the old one that stays is said in a line."""
+    said: list[str] = []
+    checkpoints = Checkpoints(tmp_path, keep=1, say=said.append)
+    checkpoints.save(1, state_of(1), {})
+    checkpoints.wait()
+
+    def refused(step: int) -> None:
+        raise PermissionError(1, "Operation not permitted", str(step))
+
+    checkpoints._remove = refused
+    checkpoints.save(2, state_of(2), {})
+    checkpoints.close()
+    assert checkpoints.steps == [1, 2] and len(said) == 1 and "Operation not permitted" in said[0]
+    checkpoints.verify(2)
+
+
+def test_a_disk_without_room_for_one_is_refused_before_a_run(tmp_path: Path) -> None:
+    """An exabyte with both numbers, in a folder that is not there yet; room for one but not for all is a warning."""
+    said: list[str] = []
+    with pytest.raises(
+        DiskFullError, match=r"no room for a checkpoint in .*/b: one needs 1e\+09 GB, .* GB are free"
+    ):
+        preflight(tmp_path / "a" / "b", 10**18, 2, 0, said.append)
+    preflight(tmp_path, 1, 2, 0, said.append)
+    assert not said
+    preflight(tmp_path, free_bytes(tmp_path) * 2 // 3, 2, 1, said.append)
+    assert len(said) == 1 and "has room for 1 more checkpoints but may hold 3 more" in said[0]
+
+
+def test_nothing_has_a_steps_name_before_it_is_sealed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A save that ends before its manifest is written, by a kill or an error, leaves no directory to be warned of."""
+    checkpoints = saved(tmp_path, 1)
+
+    def failing(root: Path, name: str, facts: dict[str, Any]) -> None:
+        assert checkpoints.numbers == [1], "in its place, and not whole"
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("jaxlm.checkpoint_files.seal", failing)
+    checkpoints.save(2, state_of(2), {})
+    with pytest.raises(
+        CheckpointError, match="step 2 was not written .*Input/output error; .*step 1 is intact"
+    ):
+        checkpoints.wait()
+    assert checkpoints.numbers == [1]

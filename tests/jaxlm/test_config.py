@@ -184,6 +184,7 @@ IMPOSSIBLE = [
     (lambda: TrainConfig(steps=0), ("train.steps=0",)),
     (lambda: TrainConfig(seed=-1), ("train.seed=-1",)),
     (lambda: TrainConfig(batch_size=8, accumulation=3), ("train.batch_size=8", "accumulation=3")),
+    (lambda: TrainConfig(spike_z=3.0, spike_window=1), ("train.spike_window=1", "at least 2", "spike_z=3.0")),
     (lambda: MeshConfig(fsdp=0), ("mesh axis fsdp=0",)),
     (lambda: run(train=TrainConfig(seq_len=65)), ("train.seq_len=65", "model.context=64")),
     (

@@ -91,7 +91,7 @@ def test_remat_orders_the_peak() -> None:
 
 def test_constants_are_those_of_the_code() -> None:
     """The loss's chunk and the experts' tiles stand twice, because arithmetic loads no framework: they agree."""
-    assert estimate.CHUNK_LOGITS == loss.CHUNK_LOGITS
+    assert estimate.CHUNK_LOGITS == loss.CHUNK_LOGITS and estimate._BLOCK8 == moments8.BLOCK
     assert (max(grouped.GPU_TILES), grouped.GPU_CHUNK) == (estimate.GPU_TILE, estimate.GPU_CHUNK)
 
 

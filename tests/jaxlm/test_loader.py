@@ -208,7 +208,7 @@ def test_the_global_order_is_the_same_for_any_number_of_processes(choice, proces
         ({"seed": 9}, "seed was 2, now it is 9"),
         ({"shuffle": False}, "shuffle was True, now it is False"),
     ],
-    ids=str,
+    ids=["files", "tokenizer", "mixture", "seq_len", "batch_size", "stride", "packing", "seed", "shuffle"],
 )
 def test_the_state_of_another_dataset_is_refused(change, message):
     """With what differs, files and tokenizer included."""

@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from jaxlm import loop
-from jaxlm.bad_batches import LIMIT
+from jaxlm.bad_batches import LIMIT, BadBatches
 from jaxlm.config import LogConfig, OptimConfig, RunConfig, TrainConfig
 from jaxlm.engine import JaxEngine
 from jaxlm.loop import DivergedError, Outputs, Result, StoppedError, fit
@@ -137,6 +138,41 @@ def test_too_many_skips_in_a_row_stop_with_the_last_good_state(tmp_path: Path, s
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 21))
 
 
+def test_a_resumed_run_stops_at_the_skip_at_which_it_would_have(tmp_path: Path, said: io.StringIO) -> None:
+    """Two of three skips before a stop, the third after it: no further step is taken."""
+    run, bad = run_of(steps=5, max_skips=3), frozenset(range(3, 9))
+    train(tmp_path, run, bad)
+    more = dataclasses.replace(run, train=dataclasses.replace(run.train, steps=20))
+    with pytest.raises(
+        DivergedError, match="^3 steps in a row .*, the last of them 6: .* checkpoint of step 6:"
+    ):
+        train(tmp_path, more, bad)
+
+
+def test_a_process_keeps_its_rows_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    """Whose parent is not there yet."""
+    lines: list[str] = []
+    folder = tmp_path / "bad_batches" / "rows_0_to_1"
+    skips = BadBatches(TrainConfig(), folder, lines.append)
+    line = {"step": 7, "loss": float("nan"), "grad_norm": 1.0, "skipped": 1, "skips": 1, "skips_in_a_row": 1}
+    skips.look(line, {"inputs": np.arange(4).reshape(2, 2)})
+    assert load_file(folder / "step_7.safetensors")["inputs"].tolist() == [[0, 1], [2, 3]]
+    assert len(lines) == 1 and not skips.reason
+
+
+def test_signals_that_come_together_are_one_and_a_second_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scheduler and a parent that passes it on; later it means: at once, with the signal's exit code."""
+    left: list[int] = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    with loop.Interrupts() as interrupts:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert (interrupts.received, interrupts.name, left) == (1, "SIGTERM", [])
+        time.sleep(loop.TOGETHER)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert left == [128 + signal.SIGINT]
+
+
 @pytest.fixture
 def full_disk() -> Iterator[Any]:
     """Sets the largest size of a file, which stands in for a disk that fills up."""
@@ -228,6 +264,35 @@ def test_a_signal_during_validation_or_save_loses_nothing(
     _, parts = train(tmp_path / "parts", run)
     _, whole = train(tmp_path / "whole", run)
     assert weights(parts) == weights(whole)
+
+
+class AmongSeveral(JaxEngine):
+    """One of several processes, of which some are asked to stop in step `agreed` at the latest."""
+
+    agreed, signalled = 0, 0
+
+    def train_step(self, batch: dict[str, np.ndarray], stop: bool = False) -> Any:
+        """A step whose metrics say what all have said."""
+        self.said = [*getattr(self, "said", []), stop]
+        metrics = super().train_step(batch)
+        if self.step == self.signalled:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {**metrics, "stop": np.int32(self.step == self.agreed)}
+
+
+@pytest.mark.parametrize(("signalled", "name"), [(2, "SIGTERM"), (0, "a signal to another process")])
+def test_one_of_several_stops_when_all_know_it(
+    tmp_path: Path, said: io.StringIO, signalled: int, name: str
+) -> None:
+    """A signal of its own is passed on with the next step, and acted on in the step in which all read of it."""
+    run = run_of()
+    engine = AmongSeveral(run, tmp_path / "checkpoints")
+    engine.rows, engine.agreed, engine.signalled = [0, 1], 4, signalled
+    result, _ = train(tmp_path, run, engine=engine)
+    assert (result.step, result.stopped_by) == (5, name)
+    assert engine.said == [False, False, *[bool(signalled)] * 3]
+    assert engine.checkpoints.latest_step == 5
+    assert all("stop" not in row for row in read_metrics(tmp_path / "metrics.jsonl"))
 
 
 def test_a_profile_of_some_steps_is_written(tmp_path: Path, said: io.StringIO) -> None:

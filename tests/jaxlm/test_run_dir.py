@@ -11,7 +11,7 @@ import pytest
 
 from jaxlm import config as configs
 from jaxlm.config import ConfigError, MeshConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from jaxlm.run_dir import RunDir, RunDirError, diff_configs, move_aside, open_run, require_space
+from jaxlm.run_dir import RunDir, RunDirError, diff_configs, move_aside, open_run
 
 MODEL = ModelConfig(
     vocab_size=11, d_model=8, n_layers=1, n_heads=2, n_kv_heads=2, head_dim=4, d_ff=16, context=512,
@@ -168,10 +168,3 @@ def test_move_aside_takes_the_first_free_name(tmp_path: Path) -> None:
         assert move_aside(tmp_path / "r") == tmp_path / f"r-{number}"
     assert (tmp_path / "r-1" / "file").read_text() == "1"
     assert not (tmp_path / "r").exists()
-
-
-def test_space_is_asked_for_before_it_is_needed(tmp_path: Path) -> None:
-    """An exabyte is refused with both numbers, for a directory that does not exist yet; a byte is not."""
-    require_space(tmp_path / "a" / "b", 1)
-    with pytest.raises(RunDirError, match=r"a/b needs 1e\+09 GB but its disk has .* GB free; "):
-        require_space(tmp_path / "a" / "b", 10**18)

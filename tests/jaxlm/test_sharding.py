@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec
 from tolerances import tolerance
 
 from jaxlm.config import ConfigError, MeshConfig, RunConfig
+from jaxlm.distributed import place_votes
 from jaxlm.guard import init_guard
 from jaxlm.layers import Backends
 from jaxlm.model import abstract_model
@@ -156,7 +157,7 @@ def test_a_step_on_a_mesh_equals_the_step_of_one_device(x64: None) -> None:
 
 def test_two_dimensions_cannot_claim_one_mesh_axis() -> None:
     """The table refuses a layout that would split two dimensions over the same devices."""
-    assert spec(("embed", "heads")) == PartitionSpec("fsdp", "tensor")
+    assert spec(("embed", "heads")) == PartitionSpec(("fsdp", "expert"), "tensor")
     for axes in (("heads", "ffn"), ("batch", None, "embed"), ("experts", "batch")):
         with pytest.raises(ValueError, match="collide"):
             spec(axes)
@@ -198,3 +199,13 @@ def test_constrain_does_nothing_without_a_mesh() -> None:
     """Outside `jax.set_mesh` activations pass untouched."""
     x = jnp.ones((4, 2))
     assert constrain(x, ("batch", None)) is x
+
+
+def test_the_vote_of_every_device_counts() -> None:
+    """Each device has one of its own, also where tensor makes several hold the same rows: none speaks for another."""
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=4))
+    votes = place_votes(mesh, 1)
+    assert votes.shape == (8,) and len({str(s.index) for s in votes.addressable_shards}) == 8
+    for device in range(8):
+        one = jax.device_put(np.eye(8, dtype=np.int32)[device], votes.sharding)
+        assert int(jnp.max(one)) == 1

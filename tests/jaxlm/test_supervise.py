@@ -102,6 +102,48 @@ while True:
     assert code == 1 and "process 2 of 3" in said and "SIGKILL" in said
 
 
+def test_a_kill_is_the_cause_of_what_the_others_refuse(tmp_path: Path) -> None:
+    """Process 0 cannot read what the killed one was to write, and exits with 2: still 1, and the killed one named."""
+    logs = tmp_path / "logs"
+    body = """
+if me.index == 2:
+    time.sleep(0.5); os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(0.6)
+sys.exit(2)
+"""
+    code, said = finish(start(logs, body), logs)
+    assert code == 1 and "process 2 of 3" in said and "SIGKILL" in said
+
+
+def test_a_process_that_is_not_heard_and_stops_is_named(tmp_path: Path) -> None:
+    """Exit codes 1 and 2 of process 0 come with its own line, those of the others with their parent's."""
+    for code, said in ((1, "had to stop"), (2, "refused its input")):
+        logs = tmp_path / f"logs{code}"
+        found = finish(start(logs, f"sys.exit({code}) if me.index == 1 else time.sleep(60)"), logs)
+        assert found[0] == code and f"process 1 of 3 on {os.uname().nodename} {said}; see " in found[1]
+
+
+@pytest.mark.parametrize(
+    ("call", "code", "heard"),
+    [
+        ("cli.need('no_such_module')", 2, "error: this needs no_such_module"),
+        ("open('/tmp/' + 'x' * 300)", 2, "File name too long"),
+        ("signal.raise_signal(signal.SIGINT)", 130, ""),
+        ("sys.exit()", 0, ""),
+    ],
+)
+def test_a_supervised_process_ends_as_it_would_alone(
+    tmp_path: Path, call: str, code: int, heard: str
+) -> None:
+    """Missing libraries, what the disk refuses and Ctrl-C are no crashes: one line at most, and their exit codes."""
+    logs = tmp_path / "logs"
+    body = f"from jaxlm import cli\nif me.index: time.sleep(0.2); os._exit(0)\ncli.main_guard(lambda argv: {call})"
+    found, said = finish(start(logs, body), logs)
+    lines = [line for line in said.splitlines() if line != "hello from 0"]
+    assert found == code and len(lines) == bool(heard) and heard in said
+    assert "Traceback" not in (logs / "process_000.log").read_text()
+
+
 def test_a_silent_process_counts_as_dead(tmp_path: Path) -> None:
     """A stopped process gives no sign of life: it is named after the heartbeat's time, and ended."""
     logs = tmp_path / "logs"

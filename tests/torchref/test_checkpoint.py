@@ -23,6 +23,7 @@ from torchref.checkpoint import (  # noqa: E402
     save_run,
     save_training,
 )
+from torchref.engine import TorchEngine  # noqa: E402
 from torchref.optim import scalars  # noqa: E402
 from torchref.train import init_state, make_train_step, place_batch  # noqa: E402
 
@@ -129,6 +130,8 @@ def test_a_kill_at_any_rename_leaves_a_whole_checkpoint(
         step, name = candidates(tmp_path)[0]
         back, _ = load_training(init_state(RUN), tmp_path / name)
         assert bits(back) == bits(states[int(step)]) and step >= 2
+        if (tmp_path / "latest").is_dir() and checkpoint.verify(tmp_path / "latest")["best"] == 0.5:
+            assert checkpoint.verify(tmp_path / "best")["step"] == 3, "the best value without its weights"
         save_run(states[3], tmp_path, {"best": 0.5}, is_best=True)
         assert candidates(tmp_path)[0] == (3, "latest")
         assert {p.name for p in tmp_path.iterdir()} == {"latest", "previous", "best"}
@@ -168,3 +171,15 @@ def test_a_full_disk_leaves_the_checkpoints_before(
     assert "\n" not in str(error.value) and isinstance(error.value, CheckpointError)
     assert [p.name for p in tmp_path.iterdir()] == ["latest"]
     checkpoint.verify(tmp_path / "latest")
+
+
+def test_a_checkpoint_without_its_facts_is_damaged_not_absent(tmp_path: Path, states: list[Any]) -> None:
+    """So that a run passes it over; a folder that is not there is said to be none."""
+    engine = TorchEngine(RUN, tmp_path)
+    save_run(states[1], tmp_path, {"best": 1.0}, is_best=False)
+    (tmp_path / "latest" / "training.json").unlink()
+    assert engine.candidates == [(float("inf"), "latest")]
+    with pytest.raises(DamagedCheckpointError, match=r"training\.json cannot be read"):
+        engine.restore("latest")
+    with pytest.raises(CheckpointError, match="previous: no checkpoint to restore"):
+        engine.restore("previous")

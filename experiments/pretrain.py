@@ -71,7 +71,8 @@ def pretrain(options: RunOptions, others: Any | None = None) -> Trained:
     others: `jaxlm.distributed` in one of several processes. Process 0 writes what there is one of.
     """
     path = run_path(options)
-    existed = path.exists()
+    # Among several processes the parent has made logs/.
+    is_new = not path.exists() or (others is not None and {p.name for p in path.iterdir()} <= {"logs"})
     run = options.run
     check_devices(run, options.framework)
     check_policy(run, options.framework)
@@ -85,7 +86,7 @@ def pretrain(options: RunOptions, others: Any | None = None) -> Trained:
             data = open_run_data(run, directory, resumed or not main, say)
         ready = set_up(run, directory, data, options.framework, resumed, main)
     except BaseException:
-        if not existed and main:
+        if is_new and main:
             shutil.rmtree(path, ignore_errors=True)
         raise
     return train(run, directory, data, options.framework, ready, options.profile, main)

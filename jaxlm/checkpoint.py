@@ -164,7 +164,7 @@ class Checkpoints:
         except (OSError, RuntimeError, ValueError) as error:
             self._shut()
             raise self._failure(step, error) from None
-        self._pending = pool.submit(self._finish, step)
+        self._pending = pool.submit(self._finish, step, f"saved {self._asked}")
 
     def wait(self, timeout: float | None = None) -> None:
         """Returns when the save under way is committed and superseded ones are gone, or after `timeout` seconds.
@@ -333,15 +333,25 @@ class Checkpoints:
             for stale in [p for p in self.directory.iterdir() if p.name == WRITING or TEMPORARY in p.name]:
                 shutil.rmtree(stale, ignore_errors=True)
 
-    def _finish(self, step: int) -> None:
-        """Waits for orbax, commits, then removes what the new checkpoint supersedes; runs in our thread."""
+    def _finish(self, step: int, name: str) -> None:
+        """Waits for orbax, commits, then removes what the new checkpoint supersedes; runs in our thread.
+
+        Of several processes none is through before process 0 has committed, or all have failed with it: one that ends
+        earlier would take process 0 along in the middle of its work.
+        """
         assert self._writer is not None
+        failure: CheckpointError | None = None
         try:
             self._writer.wait_until_finished()
             if jax.process_index() == 0:
                 self._commit(step)
         except Exception as error:
-            raise self._failure(step, error) from None
+            failure = self._failure(step, error)
+        mine = None if failure is None else [str(failure), isinstance(failure, NoSpaceError)]
+        if (theirs := agree(name, mine)) is not None and failure is None:
+            failure = (NoSpaceError if theirs[1] else CheckpointError)(theirs[0])
+        if failure is not None:
+            raise failure
         self._written.add(step)
         if jax.process_index() == 0:
             try:

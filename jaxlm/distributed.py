@@ -105,7 +105,7 @@ def own_rows(mesh: Mesh | None, batch_size: int) -> list[int] | None:
     """Rows of every global batch that this process's devices hold, ascending; None = all."""
     if mesh is None or not several():
         return None
-    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    places: Any = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
     rows = {row for (part,) in places.values() for row in range(*part.indices(batch_size))}
     return sorted(rows)
 

@@ -160,6 +160,8 @@ def is_metaspace(facts: dict[str, Any]) -> bool:
 
 def _stages(facts: dict[str, Any]) -> list[dict[str, Any]]:
     stage = facts["pre_tokenizer"]
+    if stage is None:
+        return []
     return stage["pretokenizers"] if stage["type"] == "Sequence" else [stage]
 
 

@@ -156,7 +156,8 @@ def open_source(
         config, split, revision: of a named source; '' = those of the table above.
 
     Raises:
-        DataError: the source is neither, or cannot be used; nearest names are shown.
+        DataError: the source is neither, or cannot be used, or what is given fits named ones only; nearest names are
+            shown.
         ConfigError: the schema is unknown.
     """
     if name in NAMED:
@@ -169,6 +170,9 @@ def open_source(
             split or known.split,
             revision or known.revision,
         )
+    for option, value in (("config", config), ("split", split), ("revision", revision)):
+        if value:
+            raise DataError(f"--{option} {value} chooses a part of a named source; {name!r} is none")
     if not name or (not Path(name).exists() and Path(name).name == name and not set("*?[.") & set(name)):
         there = [p.name for p in Path().iterdir()]
         raise DataError(

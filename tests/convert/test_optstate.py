@@ -137,19 +137,20 @@ def bits(flat: dict[str, np.ndarray]) -> dict[str, bytes]:
     return {k: repr((x.shape, x.dtype)).encode() + np.ascontiguousarray(x).tobytes() for k, x in flat.items()}
 
 
-def snapshot(weights: dict[str, np.ndarray], moments: AdamMoments, seed: Any) -> tuple:
+def snapshot(weights: dict[str, np.ndarray], moments: AdamMoments, seed: Any, guard: Any) -> tuple:
     """Everything a state holds, comparable by ==."""
-    return bits(weights), bits(moments.m), bits(moments.v), moments.step, int(seed)
+    counts = {name: np.asarray(value).tolist() for name, value in guard._asdict().items()}
+    return bits(weights), bits(moments.m), bits(moments.v), moments.step, int(seed), counts
 
 
 def of_jax(state: train.TrainState) -> tuple:
     """`snapshot` of a state of jaxlm."""
-    return snapshot(from_jax(state.params), jax_moments(state), state.seed)
+    return snapshot(from_jax(state.params), jax_moments(state), state.seed, state.guard)
 
 
 def of_torch(state: twin.TrainState) -> tuple:
     """`snapshot` of a state of torchref."""
-    return snapshot(from_torch(state.model), torch_moments(state), state.seed)
+    return snapshot(from_torch(state.model), torch_moments(state), state.seed, state.guard)
 
 
 def filled(run: RunConfig, dtype: Any, step: int = 3) -> train.TrainState:
@@ -170,7 +171,15 @@ def filled(run: RunConfig, dtype: Any, step: int = 3) -> train.TrainState:
     links = jax.eval_shape(optim.make_optimizer(run.optim).init, params)
     chain = jax.tree_util.tree_map_with_path(values, links)
     seed = jax.numpy.uint32(2**32 - 1)
-    return train.TrainState(jax.numpy.int32(step), params, chain, seed, init_guard(run))
+    guard = init_guard(run)
+    guard = guard._replace(
+        skipped=jax.numpy.int32(1),
+        in_a_row=jax.numpy.int32(1),
+        loss_scale=jax.numpy.float32(8),
+        losses=jax.numpy.arange(len(guard.losses), dtype=guard.losses.dtype),
+        seen=jax.numpy.int32(step - 1),
+    )
+    return train.TrainState(jax.numpy.int32(step), params, chain, seed, guard)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
@@ -238,7 +247,7 @@ def test_every_missing_moment_and_uneven_step_is_named(x64: None) -> None:
         train_state_to_jax(run, state)
     assert str(caught.value).splitlines()[1:] == [
         "embed.weight: no exp_avg",
-        "blocks.0.mlp.down_proj.weight: step 4, the run's is 3",
+        "blocks.0.mlp.down_proj.weight: step 3, the run's is 2",
         "final_norm.weight: no exp_avg_sq",
         "lm_head.weight: no step",
         "lm_head.weight: no exp_avg",

@@ -169,7 +169,8 @@ def _points(count: int, trials: int) -> list[int]:
     return sorted({1 + i * (count - 1) // max(1, trials - 1) for i in range(trials)})
 
 
-@pytest.mark.parametrize("trials", [2, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("trials", [60])
 def test_killed_at_its_renames_and_flushes_it_ends_the_same(runs: Runs, whole: End, trials: int) -> None:
     """Before one of its calls of rename, replace, fsync, rmdir: preparing data, saving, cutting the log, removing."""
     run = runs.folder / f"points-{trials}"

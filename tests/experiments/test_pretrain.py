@@ -244,7 +244,7 @@ def test_no_space_for_the_data_is_one_line_and_leaves_nothing(tmp_path: Path) ->
     assert "no space" in done.stderr and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("policy", ["continue", "stop"])
+@pytest.mark.parametrize("policy", ["continue", pytest.param("stop", marks=pytest.mark.slow)])
 def test_no_space_for_a_checkpoint_keeps_the_previous_one(call, started, policy: str) -> None:
     """A disk that is full at a later save: exit code 1, one line, and the run still resumes from where it was."""
     directory, words = started

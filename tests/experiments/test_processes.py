@@ -86,6 +86,7 @@ def test_two_processes_train_as_one_and_go_on_as_one(alone: Path, tmp_path: Path
     assert max(abs(a - b) for a, b in zip(losses(folder), losses(alone), strict=True)) <= limit
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_of_them_ends_all_at_the_same_step(alone: Path, tmp_path: Path) -> None:
     """SIGTERM to the second process alone: both finish the same step, save and end with 0; nothing is lost.
 
@@ -101,6 +102,7 @@ def test_a_signal_to_one_of_them_ends_all_at_the_same_step(alone: Path, tmp_path
     assert (folder / "checkpoints" / str(last) / "manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_named_within_a_minute(tmp_path: Path) -> None:
     """SIGKILL on the second of two in training: one line with number and host, exit 1, native traces in the run."""
     folder = tmp_path / "run"

@@ -418,6 +418,22 @@ def test_process_0_says_for_all_whether_there_is_room(
     assert len({name for name, _ in asked}) == 2 and all(own > 0 for _, own in asked)
 
 
+def test_what_process_0_could_not_commit_failed_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others wait for its word, and raise what it raises, though their own part was written."""
+    checkpoints = saved(tmp_path, 1)
+    words = {"free": None, "saved": ["checkpoint of step 2 was not written", True]}
+    monkeypatch.setattr("jaxlm.checkpoint.agree", lambda name, own: words[name.split()[0]] or own)
+    checkpoints.save(2, state_of(2), {})
+    with pytest.raises(NoSpaceError, match="^checkpoint of step 2 was not written$"):
+        checkpoints.wait()
+    words["saved"] = None
+    checkpoints.save(3, state_of(3), {})
+    checkpoints.close()
+    checkpoints.verify(3)
+
+
 def test_what_cannot_be_removed_does_not_end_a_run(tmp_path: Path) -> None:
     """The new checkpoint is committed, and the old one that stays is said in a line."""
     said: list[str] = []
@@ -465,3 +481,26 @@ def test_nothing_has_a_steps_name_before_it_is_sealed(
     ):
         checkpoints.wait()
     assert checkpoints.numbers == [1]
+
+
+def test_all_of_it_has_reached_the_disk_before_it_has_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file and folder is flushed, the manifest too, and after the rename the folder that holds the name."""
+    flushed: list[Path] = []
+    fsync, rename = os.fsync, os.rename
+
+    def counted(handle: int) -> None:
+        flushed.append(Path(os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    def renamed(source: Path, target: Path) -> None:
+        if Path(target) == tmp_path / "1":
+            assert {source, *source.rglob("*")} <= set(flushed)
+            flushed.clear()
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", counted)
+    monkeypatch.setattr(os, "rename", renamed)
+    saved(tmp_path, 1).verify(1)
+    assert tmp_path in flushed

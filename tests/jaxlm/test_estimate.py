@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxlm import estimate, grouped, loss
+from jaxlm import estimate, grouped, loss, moments8
 from jaxlm.config import ConfigError, MeshConfig, OptimConfig, RunConfig
 from jaxlm.count import param_count
 from jaxlm.hlo import COLLECTIVES

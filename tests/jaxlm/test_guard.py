@@ -13,7 +13,7 @@ from helpers import QUICK, assert_close, float64, hard_batch, random_params, tin
 from tolerances import tolerance
 
 from jaxlm.config import OptimConfig, RunConfig
-from jaxlm.guard import corrected, init_guard, judge, next_guard
+from jaxlm.guard import Verdict, corrected, init_guard, judge, next_guard
 from jaxlm.layers import Backends
 from jaxlm.optim import Scalars, as_arrays, moments, scalars
 from jaxlm.train import TrainState, init_state, make_gradient_fn, make_train_step, place_batch
@@ -219,6 +219,16 @@ def test_an_overflow_halves_the_scale_and_changes_nothing_else(half: Any) -> Non
     assert float(state.guard.loss_scale) == scale and int(state.guard.good_steps) == 1
     state, metrics = half(state, place_batch(spoiled(0)), arrays(run, 2))
     assert int(metrics["skips_in_a_row"]) == 1, "a loss that is not a number has another cause"
+
+
+def test_a_spike_leaves_the_scale_alone() -> None:
+    """A finite step is a good one for the scale, whether its update is taken or not: GradScaler knows no spikes."""
+    run = run_of("float16", loss_scale_steps=2, loss_scale=8.0)
+    guard, one = init_guard(run), jnp.float32(1)
+    for scale, good in ((8.0, 1), (16.0, 0)):
+        guard = next_guard(run.train, guard, Verdict(jnp.array(True), jnp.array(False)), one, one)
+        assert (float(guard.loss_scale), int(guard.good_steps)) == (scale, good)
+    assert (int(guard.skipped), int(guard.in_a_row), int(guard.seen)) == (2, 2, 0)
 
 
 def test_float16_follows_float32(half: Any) -> None:

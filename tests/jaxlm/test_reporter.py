@@ -111,7 +111,7 @@ def test_arrays_of_any_framework_become_numbers() -> None:
     torch = pytest.importorskip("torch")
     got = host_values(
         {
-            "jax": jnp.asarray(0.1),
+            "jax": jnp.asarray(0.1, jnp.float32),
             "half": jnp.asarray(1.5, jnp.bfloat16),
             "load": jnp.asarray([[0.25, 0.75]]),
             "torch": torch.tensor(2.5, requires_grad=True),

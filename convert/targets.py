@@ -242,7 +242,9 @@ def load_params(tensors: Mapping[str, Lazy], config: ModelConfig, mesh: "Mesh | 
         params[path] = jax.make_array_from_callback(
             tensor.shape,
             sharding(mesh, tensor.shape, axes[path]),
-            lambda index, whole=whole: whole[index].copy(),  # jax may keep what it is given: no page of the file
+            lambda index, whole=whole: whole[
+                index
+            ].copy(),  # jax may keep what it is given: no page of the file
         )
         params[path].block_until_ready()  # so that no second tensor is read before this one is placed
     return params

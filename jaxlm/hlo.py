@@ -79,7 +79,7 @@ class Traffic(NamedTuple):
 
 def collectives(text: str) -> dict[str, Traffic]:
     """Collectives by kind; what stands in a loop counts once."""
-    found = dict.fromkeys(COLLECTIVES, Traffic(0, 0))
+    found: dict[str, Traffic] = {kind: Traffic(0, 0) for kind in COLLECTIVES}
     for one in instructions(text):
         kind = one.operation.removesuffix("-start")
         if kind in found and one.operation in (kind, f"{kind}-start"):

@@ -172,7 +172,8 @@ def fit(
     if loop.skips.reason:
         raise DivergedError(
             f"{loop.skips.reason}; the last good state is the checkpoint of step {engine.step}: look at the batches, "
-            "then go on with --resume (--train.max-skips allows more)"
+            "then go on with --resume (--train.max-skips allows more); sound batches mean that the weights went bad "
+            "before: start anew with a lower --optim.lr"
         )
     seconds, by = time.perf_counter() - started, interrupts.name or "a signal to another process"
     stopped = by if engine.step < run.train.steps else ""

@@ -5,7 +5,7 @@
 Dropless by default. The router computes upcast; ties go to the lowest expert index in both frameworks.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,8 +45,9 @@ def route(
     probs = jax.nn.softmax(logits, axis=-1)
     if ids is None:
         # The partitioner would gather all tokens for it.
-        ids = by_rows(lambda x: jax.lax.top_k(x, n_active)[1], jax.lax.stop_gradient(logits))
-        ids = checkpoint_name(ids, ROUTING)
+        best = by_rows(lambda x: jax.lax.top_k(x, n_active)[1], jax.lax.stop_gradient(logits))
+        named: Array = checkpoint_name(best, ROUTING)
+        ids = named
     # A one-hot product instead of a gather: its gradient needs no scatter.
     weights = jnp.sum(probs[..., None, :] * jax.nn.one_hot(ids, logits.shape[-1], dtype=probs.dtype), axis=-1)
     if renormalize:
@@ -204,12 +205,13 @@ def _over_mesh(
         return jax.lax.psum_scatter(out, "expert", scatter_dimension=0, tiled=True)
 
     halves = _split_halves(stacked)
-    columns = ExpertWeights(
+    places: Any = (
         PartitionSpec("expert", None, None, split),
         None if stacked.up_bias is None else PartitionSpec("expert", None, split),
         PartitionSpec("expert", split),
         None if stacked.down_bias is None else PartitionSpec("expert"),
     )
+    columns = ExpertWeights(*places)
     rows = PartitionSpec(BATCH_AXES)
     in_specs = (rows, rows, rows, columns, None if key is None else PartitionSpec())
     made = jax.shard_map(island, in_specs=in_specs, out_specs=rows, check_vma=False)

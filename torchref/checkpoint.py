@@ -118,7 +118,8 @@ def load_training(state: Any, directory: Path) -> tuple[Any, dict[str, Any]]:
     moments = read_tensors(directory / OPTIMIZER, device)
     guard = state.guard
     if extra["format"] == FORMAT:
-        guard = Guard(**extra["guard"], **read_tensors(directory / GUARD))
+        rings: dict[str, Any] = read_tensors(directory / GUARD)
+        guard = Guard(**extra["guard"], **rings)
     if updates := extra["step"] - guard.skipped:
         try:
             load_state_tensors(state.model, state.optimizer, moments, updates)

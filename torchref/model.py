@@ -187,7 +187,7 @@ def _embed_std(config: ModelConfig) -> float:
     return config.d_model**-0.5 if config.tied else 1.0
 
 
-def _rematerialised(block: Block, remat: str, key: torch.Generator | None) -> Callable[..., Any]:
+def _rematerialised(block: nn.Module, remat: str, key: torch.Generator | None) -> Callable[..., Any]:
     """The block as a function whose activations are recomputed in the backward pass, all but what `remat` keeps."""
     start = None if key is None else key.get_state()
     calls = itertools.count()
@@ -203,7 +203,7 @@ def _rematerialised(block: Block, remat: str, key: torch.Generator | None) -> Ca
             key.set_state(now)
 
     keep = functools.partial(create_selective_checkpoint_contexts, list(_KEPT_OPS))
-    options = {"context_fn": keep} if remat == "dots" else {}
+    options: dict[str, Any] = {"context_fn": keep} if remat == "dots" else {}
     return lambda *arguments: checkpoint(run, *arguments, use_reentrant=False, **options)
 
 

@@ -246,7 +246,10 @@ class Empty(nnx.Module):
         (lambda: check(Empty()), "Empty has no parameters"),
         (lambda: check(weights="mine"), "weights='mine' one of own, jax, drawn"),
         (lambda: check(steps=0), "steps=0 must be at least 1"),
-        (lambda: check(optim=OptimConfig(optimizer="muon")), "'muon'.*: modules are compared under plain adamw"),
+        (
+            lambda: check(optim=OptimConfig(optimizer="muon")),
+            "'muon'.*: modules are compared under plain adamw",
+        ),
         (lambda: compare_modules(Jax(), Torch(), RULES, INPUTS["shift"]), "inputs is a ndarray; give a list"),  # type: ignore[arg-type]
     ],
 )

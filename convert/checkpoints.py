@@ -54,7 +54,8 @@ def _newest(run: Path) -> tuple[str, Any]:
             say(f"warning: {damage}; taking the one of step {step:.0f}")
         return framework, which
     if damages:
-        raise InputError(f"{run} has no whole checkpoint: {'; '.join(damages)}")
+        found = "; ".join(damage.replace(f"{run}/", "") for damage in damages)
+        raise InputError(f"{run} has no whole checkpoint: {found}; bring back a copy of one")
     return "jax", "latest"
 
 

@@ -40,9 +40,10 @@ def resume(run: RunConfig, directory: RunDir, engine: Any, framework: str) -> di
             say(f"continuing from the {other} checkpoint of step {step:.0f}")
         return extra
     if damages:
+        found = "; ".join(damage.replace(f"{directory.path}/", "") for damage in damages)
         raise InputError(
-            f"{directory.path} has no whole checkpoint; bring back a copy of one, or start anew in another --run-dir: "
-            + "; ".join(damages)
+            f"{directory.path} has no whole checkpoint: {found}; bring back a copy of one, or start anew in another "
+            "--run-dir"
         )
     return None
 

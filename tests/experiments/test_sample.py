@@ -20,12 +20,14 @@ from convert.targets import open_target  # noqa: E402
 from experiments import sample  # noqa: E402
 from experiments.cli import parse  # noqa: E402
 from jaxlm.checkpoint import Checkpoints  # noqa: E402
-from jaxlm.config import ConfigError, InputError, RunConfig, TrainConfig, save  # noqa: E402
+from jaxlm.config import ConfigError, InputError, RunConfig, TrainConfig, load, save  # noqa: E402
 from jaxlm.run_dir import RunDir  # noqa: E402
 from jaxlm.sampling import Sampling  # noqa: E402
 from jaxlm.text import Completion  # noqa: E402
 from jaxlm.tokenizer import PATTERN, Tokenizer  # noqa: E402
 from jaxlm.train import init_state  # noqa: E402
+from torchref.checkpoint import load_model, save_run  # noqa: E402
+from torchref.train import init_state as torch_state  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -85,8 +87,9 @@ def test_a_run_trained_in_torch_is_a_target(run: Path, checkpoint: Path, tmp_pat
     """checkpoints-torch/latest is read where there is no orbax checkpoint, for both frameworks."""
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / name).write_bytes((run / name).read_bytes())
-    (tmp_path / "checkpoints-torch").mkdir()
-    (tmp_path / "checkpoints-torch" / "latest").symlink_to(checkpoint)
+    trained = torch_state(load(RunConfig, run / "config.json"))
+    trained.model.load_state_dict(load_model(checkpoint).state_dict())
+    save_run(trained, tmp_path / "checkpoints-torch", {"loader": {}, "best": 2.0}, is_best=False)
     target, expected = open_target(tmp_path), open_target(checkpoint)
     assert target.config == MODEL and target.run is not None and expected.run is None
     assert all((target.params[path] == value).all() for path, value in expected.params.items())

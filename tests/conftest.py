@@ -170,6 +170,16 @@ def x64() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def narrow_again() -> Iterator[None]:
+    """A float64 run widens jax for its whole process, which has other files to run."""
+    yield
+    if "jax" in sys.modules:
+        import jax
+
+        jax.config.update("jax_enable_x64", False)
+
+
 @pytest.fixture
 def strict_dtypes() -> Iterator[None]:
     """Any implicit dtype promotion raises; for our layers only, since stock optax promotes its step count."""

@@ -5,6 +5,7 @@ Exit codes: 0 done and right; 1 a check failed; 2 bad input (one line on standar
 
 import contextlib
 import errno
+import faulthandler
 import importlib.util
 import io
 import os
@@ -74,10 +75,11 @@ def _supervised(main: Callable[[list[str]], int | None], failures: tuple[type[Ex
     except KeyboardInterrupt:
         code = 130
     except BaseException:
-        with os.fdopen(
-            os.dup(2), "w"
-        ) as log:  # its parent names the process; the traceback stands in its log
+        # Its parent names the process; what happened, and where its other threads were, stands in its log.
+        with os.fdopen(os.dup(2), "w") as log:
             traceback.print_exc(file=log)
+            log.flush()
+            faulthandler.dump_traceback(log, all_threads=True)
     finally:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()

@@ -130,8 +130,8 @@ def _sum_then_slice(out: Any) -> Any:
 
 def _in_chunks(original: Any) -> Any:
     """Logits of three positions at a time."""
-    return lambda hidden, weight, bias, targets, mask: original(
-        hidden, weight, bias, targets, mask, 3 * hidden.shape[0] * weight.shape[1]
+    return lambda hidden, weight, bias, targets, mask, **options: original(
+        hidden, weight, bias, targets, mask, 3 * hidden.shape[0] * weight.shape[1], **options
     )
 
 

@@ -162,8 +162,8 @@ def _keys_not_normed(original: Any) -> Any:
 
 def _loss_of_all_tokens(original: Any) -> Any:
     """The loss mask is not looked at."""
-    return lambda hidden, weight, bias, targets, mask: original(
-        hidden, weight, bias, targets, jnp.ones_like(mask)
+    return lambda hidden, weight, bias, targets, mask, **options: original(
+        hidden, weight, bias, targets, jnp.ones_like(mask), **options
     )
 
 

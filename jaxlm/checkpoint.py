@@ -30,6 +30,7 @@ from jaxlm import checkpoint_files as files
 from jaxlm import cli
 from jaxlm.checkpoint_files import DamagedError, DiskFullError
 from jaxlm.config import InputError
+from jaxlm.disk import free_bytes, is_full, sync
 from jaxlm.distributed import agree
 
 MANIFEST = "manifest.json"
@@ -376,7 +377,7 @@ class Checkpoints:
         if self._root(step).exists():
             self._put_away(step)
         os.rename(ready, self._root(step))
-        files.flush_directory(self.directory)
+        sync(self.directory)
 
     def _is_whole(self, step: int) -> bool:
         try:
@@ -394,7 +395,7 @@ class Checkpoints:
 
     def _require_space(self, need: int) -> None:
         self._asked += 1  # process 0 looks for all: some must not start what others do not
-        free = agree(f"free space {self._asked}", files.free_bytes(self.directory))
+        free = agree(f"free space {self._asked}", free_bytes(self.directory))
         if need > free:
             sizes = f"{need / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free"
             raise OSError(errno.ENOSPC, f"disk full: {sizes}")
@@ -408,11 +409,11 @@ class Checkpoints:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
             why = error.strerror or "disk full"
         else:
-            why = "disk full or file size limit reached" if files.is_full(error) else _line(error)
+            why = "disk full or file size limit reached" if is_full(error) else _line(error)
         latest = self.latest_step
         intact = "there is no earlier one" if latest is None else f"the checkpoint of step {latest} is intact"
         where = f"checkpoint of step {step} was not written to {self.directory}"
-        kind = NoSpaceError if files.is_full(error) else CheckpointError
+        kind = NoSpaceError if is_full(error) else CheckpointError
         return kind(f"{where}: {why}; {intact}")
 
 

@@ -5,17 +5,16 @@ what surrounds both is compared byte for byte, so that no bit of the file can ch
 and SHA-256 of everything else below the directory; a file more or less is damage as well. No framework here.
 """
 
-import errno
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from jaxlm.config import InputError
+from jaxlm.disk import free_bytes, sync
 
 THREADS = min(16, os.cpu_count() or 1)  # that hash; hashlib lets go of the interpreter meanwhile
 _HEAD, _MIDDLE, _TAIL = b'{"sha256": "', b'", "body": ', b"}\n"
@@ -45,7 +44,7 @@ def seal(root: Path, name: str, facts: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     for folder in {path.parent for path in found} | {root}:
-        flush_directory(folder)
+        sync(folder)
 
 
 def read_manifest(root: Path, name: str) -> dict[str, Any]:
@@ -106,27 +105,6 @@ def preflight(directory: Path, one: int, keep: int, count: int, say: Callable[[s
             f"warning: {directory} has room for {free // one} more checkpoints but may hold {wanted} more: {sizes}; "
             "free some or lower --train.keep"
         )
-
-
-def free_bytes(path: Path) -> int:
-    """Bytes free on the disk of a path, which need not exist yet."""
-    path = Path(path).absolute()
-    return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
-
-
-def is_full(error: BaseException) -> bool:
-    """Whether an error, of whatever library, says that a disk, a quota or a limit on files is used up."""
-    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return getattr(error, "errno", None) in codes or any(os.strerror(code) in str(error) for code in codes)
-
-
-def flush_directory(path: Path) -> None:
-    """Makes the names in a directory reach the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _files(root: Path) -> Iterable[Path]:

@@ -16,17 +16,22 @@ from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 from jaxlm.config import ConfigError, InputError, MeshConfig, nearest
+from jaxlm.disk import FULL
 
 A = TypeVar("A")
 WORKER = "JAXLM_WORKER"  # variable in which a supervising parent tells a process what it is
 CRASHED = 70  # exit code of a supervised process that ended with an exception nobody expected
-_ORDINARY = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS} | {
-    errno.ENAMETOOLONG,
-    errno.ENOENT,
-    errno.EPERM,
-    errno.EISDIR,
-    errno.ENOTDIR,
-}  # what a person can bring about: a full disk, a place that may not be written to, a name that cannot be
+_ORDINARY = (
+    FULL
+    | {errno.EACCES, errno.EROFS}
+    | {
+        errno.ENAMETOOLONG,
+        errno.ENOENT,
+        errno.EPERM,
+        errno.EISDIR,
+        errno.ENOTDIR,
+    }
+)  # what a person can bring about: a full disk, a place that may not be written to, a name that cannot be
 
 
 def say(text: str) -> None:

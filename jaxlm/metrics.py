@@ -4,10 +4,8 @@
 resumed.
 """
 
-import errno
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,8 +18,8 @@ from rich.progress import Progress as RichProgress
 
 from jaxlm.cli import say
 from jaxlm.config import InputError
+from jaxlm.disk import is_full, replace_text
 
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 PLAIN_INTERVAL = 30.0  # seconds between lines where there is no terminal
 
 # Keys that say how fast and on what a step ran; all others are the same, bit by bit, however often a run was stopped.
@@ -169,12 +167,7 @@ class JsonlSink:
     def _cut(self, step: int) -> None:
         rows = [row for row in read_metrics(self.path) if row["step"] <= step]
         self._last = max((row["step"] for row in rows), default=-1)
-        shorter = self.path.with_name(self.path.name + ".tmp")
-        with open(shorter, "w", encoding="utf-8") as file:
-            file.writelines(_line(row) for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(shorter, self.path)
+        replace_text(self.path, "".join(_line(row) for row in rows))
 
     def write(self, row: Mapping[str, Any]) -> None:
         """One line of `step` and whatever else is known of it (numbers, strings, arrays, lists, None).
@@ -207,7 +200,7 @@ class JsonlSink:
             while done < len(data):
                 done += self._file.write(data[done:]) or 0
         except OSError as error:
-            if error.errno not in NO_ROOM:
+            if not is_full(error):
                 raise
             self._file.truncate(self._size)
             if not self._full:

@@ -23,6 +23,7 @@ from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from jaxlm.config import InputError
+from jaxlm.disk import sync
 from jaxlm.json_file import read_object
 from jaxlm.tensor_file import NAMES, Lazy, Planned, TensorFileError, open_file, write_file
 
@@ -127,7 +128,7 @@ def _put_in_place(staging: Path, destination: Path, overwrite: bool) -> None:
             os.rename(old, destination)
             raise
         os.rename(old, staging)  # where it is removed
-    _flush_directory(destination.parent)
+    sync(destination.parent)
     _remove_stale(destination, _OLD)
 
 
@@ -144,17 +145,8 @@ def flush(directory: Path) -> None:
     """Brings every file and directory below to the disk."""
     for folder, _, files in os.walk(directory):
         for name in files:
-            with open(os.path.join(folder, name), "rb") as file:
-                os.fsync(file.fileno())
-        _flush_directory(Path(folder))
-
-
-def _flush_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            sync(Path(folder, name))
+        sync(Path(folder))
 
 
 def plan_shards(tensors: Mapping[str, Planned], max_bytes: int) -> dict[str, dict[str, Planned]]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from jaxlm import config as configs
 from jaxlm.config import ConfigError, InputError, RunConfig
+from jaxlm.disk import replace_text
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "torch")
 MAY_CHANGE = (
@@ -197,12 +198,7 @@ def move_aside(path: Path) -> Path:
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    unfinished = path.with_name(path.name + ".tmp")
-    with open(unfinished, "w", encoding="utf-8") as file:
-        file.write(json.dumps(values, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    replace_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def _version(package: str) -> str | None:

@@ -8,7 +8,6 @@ that belongs to it stands beside it, in `chat_template.jinja`, where transformer
 """
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm.config import nearest
+from jaxlm.disk import replace_text
 from jaxlm.tokenizer_base import SPECIAL_TOKENS, UNUSED, Codec, TokenizerError, segments
 from jaxlm.tokenizer_bytes import GPT2_PATTERN, PATTERN, ByteLevel
 from jaxlm.tokenizer_metaspace import Metaspace, is_metaspace
@@ -151,8 +151,8 @@ class Tokenizer:
         """
         path = Path(path)
         if self.chat_template is not None:
-            _write(template_file(path), self.chat_template)
-        _write(path, json.dumps(self._to_json(), ensure_ascii=False, indent=1) + "\n")
+            replace_text(template_file(path), self.chat_template)
+        replace_text(path, json.dumps(self._to_json(), ensure_ascii=False, indent=1) + "\n")
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of `text`; with `special`, texts of special tokens become those tokens instead of ordinary text.
@@ -273,17 +273,6 @@ def _stored_template(path: Path) -> str | None:
         raise TokenizerError(f"chat template {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise TokenizerError(f"chat template {path} is not UTF-8: {error.reason}") from None
-
-
-def _write(path: Path, text: str) -> None:
-    """Atomically."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _shown(text: str) -> str:

@@ -1,7 +1,6 @@
 """A run's lines in Weights & Biases, online or in files that `wandb sync` uploads later."""
 
 import json
-import os
 import secrets
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 from jaxlm.cli import say
 from jaxlm.config import RunConfig, to_dict
+from jaxlm.disk import replace_text
 from jaxlm.json_file import read_object
 from jaxlm.metric_names import named
 from jaxlm.run_dir import RunDir
@@ -77,9 +77,7 @@ def wandb_id(path: Path) -> tuple[str, bool]:
     except (OSError, ValueError, KeyError):
         say(f"warning: {path} cannot be read; a new W&B run is started")
     identity = secrets.token_hex(4)
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(json.dumps({"id": identity}) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    replace_text(path, json.dumps({"id": identity}) + "\n")
     return identity, False
 
 

@@ -61,8 +61,8 @@ FRAMEWORK_FREE = {
     "chat",
     "windows",
     "supervise",
+    "disk",
     "estimate",
-    "devices",
     "data.batches",
     "data.blocks",
     "data.corpus",
@@ -87,6 +87,7 @@ SHARED_WITH_TORCHREF = {
     "tokenizer",
     "rope_table",
     "count",
+    "disk",
     "sampling",
     "text",
     "windows",
@@ -95,7 +96,7 @@ SHARED_WITH_TORCHREF = {
 FRAMEWORKS = {"jax", "jaxlib", "flax", "optax", "orbax", "torch", "transformers"}
 # A room imports from its own row or a row above it.
 ORDER = [
-    {"config", "shapes", "json_file"},
+    {"config", "shapes", "json_file", "disk"},
     {
         "policy",
         "presets",
@@ -110,7 +111,6 @@ ORDER = [
         "supervise",
         "tensor_file",
         "sampling",
-        "devices",
         "run_dir",
     },
     {"data", "text", "chat", "windows"},

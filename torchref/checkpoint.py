@@ -18,12 +18,10 @@ from jaxlm.checkpoint_files import (
     DamagedError,
     DiskFullError,
     check,
-    flush_directory,
-    free_bytes,
-    is_full,
     seal,
 )
 from jaxlm.config import ConfigError, InputError, ModelConfig, load, save
+from jaxlm.disk import free_bytes, is_full, sync
 from torchref.guard import Guard
 from torchref.layers import Backends
 from torchref.model import Decoder
@@ -183,7 +181,7 @@ def save_run(state: Any, directory: Path, extra: dict[str, Any], is_best: bool) 
         if name == "latest":
             _move(directory / name, directory / "previous")
         _move(fresh, directory / name)
-        flush_directory(directory)
+        sync(directory)
 
 
 def state_bytes(state: Any) -> int:

@@ -8,7 +8,6 @@ import base64
 import html
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 
 from convert.parity.limits import LIMITS
 from convert.parity.results import Report
+from jaxlm.disk import replace_text
 
 FAILURES = 12  # failing findings of one rung that the texts list
 CAPTIONS = {
@@ -72,10 +72,10 @@ def write_report(report: Report, directory: Path) -> None:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     data = plain(report.to_json())
-    _write(directory / "report.json", json.dumps(data, indent=2, allow_nan=False) + "\n")
+    replace_text(directory / "report.json", json.dumps(data, indent=2, allow_nan=False) + "\n")
     figures, missing = _figures(directory)
-    _write(directory / "report.md", markdown(data, figures, missing))
-    _write(directory / "report.html", page(data, figures, missing))
+    replace_text(directory / "report.md", markdown(data, figures, missing))
+    replace_text(directory / "report.html", page(data, figures, missing))
 
 
 def plain(value: Any) -> Any:
@@ -89,12 +89,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value if isinstance(value, str | int | float | bool | None) else str(value)
-
-
-def _write(path: Path, text: str) -> None:
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def _figures(directory: Path) -> tuple[list[Figure], str]:

@@ -1,6 +1,5 @@
 """The folder of a preparation: whose it is, whether it already holds what is wanted, and how it gets its name."""
 
-import errno
 import fcntl
 import json
 import math
@@ -15,13 +14,12 @@ from jaxlm.cli import say
 from jaxlm.data.blocks import DataError
 from jaxlm.data.shards import ShardError, read_meta
 from jaxlm.data.verify import check_files
-from jaxlm.data.writer import sync
+from jaxlm.disk import is_full, sync
 from jaxlm.tokenizer import template_file
 
 SPLITS = ("train", "val")
 TOKENIZER, DATASET, PROGRESS = "tokenizer.json", "dataset.json", "progress.json"
 _OWN = {*SPLITS, TOKENIZER, template_file(TOKENIZER).name, DATASET, PROGRESS}
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def tail(tokens: int, val_fraction: float, least: int, source: str) -> int:
@@ -125,7 +123,7 @@ def locked(partial: Path) -> Iterator[None]:
 def disk_error(error: OSError, out_dir: Path, partial: Path, temporary: bool) -> ShardError:
     """What to raise when writing failed; `temporary` as in `write_dataset`."""
     reason = error.strerror or str(error)
-    if error.errno not in _DISK_FULL:
+    if not is_full(error):
         return ShardError(f"tokenised data cannot be written to {out_dir}: {reason}")
     if temporary:
         return ShardError(

@@ -6,7 +6,6 @@ seconds, and with every full shard, the state of the writers and the position in
 """
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -35,7 +34,8 @@ from jaxlm.data.folder import (
 from jaxlm.data.shards import SCHEMA, open_shards, read_meta
 from jaxlm.data.sources import Source
 from jaxlm.data.tokenise import Recipe, Tokens, tokenised
-from jaxlm.data.writer import SplitWriter, State, sync
+from jaxlm.data.writer import SplitWriter, State
+from jaxlm.disk import replace_text, sync
 from jaxlm.tokenizer import Tokenizer
 
 SHARD_TOKENS = 1 << 26
@@ -310,12 +310,7 @@ class _Job:
         return int(self._byte_lengths[ids].sum(dtype=np.int64))
 
     def _note(self, noted: dict[str, Any]) -> None:
-        unfinished = self._partial / f".{PROGRESS}"
-        with open(unfinished, "w", encoding="utf-8") as file:
-            file.write(json.dumps(noted))
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(self._partial / PROGRESS)
+        replace_text(self._partial / PROGRESS, json.dumps(noted))
         sync(self._partial)
 
     def _check_lengths(self, writers: dict[str, SplitWriter]) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxlm.data.shards import DOCUMENTS, HEADER_BYTES, ShardError, write_meta
 from jaxlm.data.verify import Entry, describe, write_times
+from jaxlm.disk import sync
 
 State = dict[str, Any]  # plain JSON
 
@@ -160,12 +161,3 @@ class _Array:
 
     def close(self) -> None:
         self._file.close()
-
-
-def sync(path: Path) -> None:
-    """Makes sure that a file or directory is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm.checkpoint_files import DiskFullError, free_bytes, preflight
+from jaxlm.checkpoint_files import DiskFullError, preflight
+from jaxlm.disk import free_bytes
 
 
 def test_a_disk_without_room_for_one_is_refused_before_a_run(tmp_path: Path) -> None:

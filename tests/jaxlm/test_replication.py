@@ -2,14 +2,15 @@
 
 from typing import Any
 
+import hlo
 import jax
 import jax.numpy as jnp
 import pytest
 from helpers import QUICK
 from jax.sharding import PartitionSpec
 
-from jaxlm import hlo
 from jaxlm.config import MeshConfig, ModelConfig, MoEConfig, RunConfig, TrainConfig
+from jaxlm.hlo import COLLECTIVES, collectives, instructions
 from jaxlm.layers import Backends
 from jaxlm.loss import chunked_token_loss
 from jaxlm.model import abstract_model
@@ -86,7 +87,7 @@ def test_a_whole_activation_is_named() -> None:
     found = hlo.whole_activations(program(PartitionSpec()), ROWS, LENGTH, [88])
     assert any(line.startswith("all-gather") and line.endswith("f32[40,56,88]") for line in found), found
     assert hlo.whole_activations(program(PartitionSpec()), ROWS, LENGTH, [17]) == []
-    assert hlo.collectives(program(PartitionSpec()))["all-gather"] == (1, ROWS * LENGTH * 88 * 4)
+    assert collectives(program(PartitionSpec()))["all-gather"] == (1, ROWS * LENGTH * 88 * 4)
 
 
 def test_the_head_is_summed_over_devices_once() -> None:
@@ -112,8 +113,8 @@ def test_the_head_is_summed_over_devices_once() -> None:
         )
     assert text is not None and " while(" in text
     bodies = set(hlo.loop_bodies(text))
-    inside = [one.operation for one in hlo.instructions(text) if one.computation in bodies]
-    assert inside and not any(kind in op for op in inside for kind in hlo.COLLECTIVES), inside
+    inside = [one.operation for one in instructions(text) if one.computation in bodies]
+    assert inside and not any(kind in op for op in inside for kind in COLLECTIVES), inside
 
 
 @pytest.mark.parametrize(

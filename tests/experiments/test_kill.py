@@ -18,9 +18,8 @@ from killable import Server, server
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import RunConfig, load
 from jaxlm.engine import restore_state
-from jaxlm.metrics import read_metrics
+from jaxlm.metrics import VOLATILE, read_metrics
 
-MEASURED = {"tokens_per_second", "mfu", "peak_memory_bytes"}  # times and rates, which differ from run to run
 STEPS = 90  # of the runs that are killed a few times
 TINY = ["--model.n-layers", 1, "--model.moe.n-experts", 0, "--train.accumulation", 1, "--train.keep", 2]
 OFTEN = ["--train.save-every", 3, "--train.eval-every", 25, "--log.details", "False"]
@@ -88,7 +87,7 @@ def end(run: Path) -> End:
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
     bits = {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
     rows = [
-        {k: v for k, v in row.items() if k not in MEASURED} for row in read_metrics(run / "metrics.jsonl")
+        {k: v for k, v in row.items() if k not in VOLATILE} for row in read_metrics(run / "metrics.jsonl")
     ]
     return End(bits, extra, rows)
 

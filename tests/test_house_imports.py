@@ -96,7 +96,7 @@ SHARED_WITH_TORCHREF = {
 FRAMEWORKS = {"jax", "jaxlib", "flax", "optax", "orbax", "torch", "transformers"}
 # A room imports from its own row or a row above it.
 ORDER = [
-    {"config", "shapes", "json_file", "disk"},
+    {"config", "shapes", "json_file", "disk", "compilation"},
     {
         "policy",
         "presets",
@@ -116,10 +116,10 @@ ORDER = [
     {"data", "text", "chat", "windows"},
     {"sharding", "distributed"},
     {"layers"},
-    {"grouped"},
+    {"dispatch", "grouped_kernels", "grouped"},
     {"attention", "moe"},
     {"model"},
-    {"loss", "logits", "cached", "generate", "beam", "quant", "evaluate", "finetune.lora"},
+    {"loss", "head_loss", "logits", "cached", "generate", "beam", "quant", "evaluate", "finetune.lora"},
     {
         "optim",
         "muon",
@@ -138,6 +138,7 @@ ORDER = [
         "plots_parity",
         "plots_evaluation",
         "plots_ablation",
+        "plots_benchmark",
         "plots_run",
         "plots_axes",
         "plots_overlay",
@@ -166,7 +167,7 @@ RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 # Slow to import or missing on some machines: only inside the functions that use them.
 LAZY = {"grain", "tyro", "beartype"}
 DRAWING = {"jaxlm.plots"} | {
-    f"jaxlm.plots_{of}" for of in ("parity", "evaluation", "ablation", "run", "axes", "overlay")
+    f"jaxlm.plots_{of}" for of in ("parity", "evaluation", "ablation", "benchmark", "run", "axes", "overlay")
 }
 
 

@@ -6,23 +6,25 @@
 #              and pass PIP_ARGS="--find-links DIR", or name the index that holds it: PIP_ARGS="--extra-index-url URL".
 #   PYTEST_ARGS   options for pytest, for example PYTEST_ARGS="-k rope -x"
 #   PYTEST_JOBS   test processes side by side
-#   OUT        where `gpu` writes its report
+#   OUT        where `gpu` and `bench` write their reports
+#   H200       where `h200` puts jax's CUDA compiler: beside the environment, whose other tests would look for GPUs
 
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 PYTEST_JOBS ?= 2
 VENV ?= .venv
+H200 ?= .h200
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 NEEDS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo parity test lint bench gpu
+.PHONY: help demo parity test lint bench bench-tests gpu h200
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
 
 demo: $(VENV)/.demo ## train a small model, prove it in PyTorch, sample from it: runs/quickstart
 	@$(BIN)/python -m experiments.quickstart
@@ -38,8 +40,14 @@ lint: $(VENV)/.dev ## ruff, its formatter and pyright
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: $(VENV)/.dev ## the measurements
+bench: $(VENV)/.demo ## jaxlm beside PyTorch on this CPU, at most twenty minutes: runs/benchmark
+	@$(BIN)/python -m experiments.benchmark --suite cpu $(if $(OUT),--out $(OUT))
+
+bench-tests: $(VENV)/.dev ## the measurements among the tests
 	@$(BIN)/python -m pytest -m bench -s -p no:xdist $(PYTEST_ARGS)
+
+h200: $(H200)/.compiler ## compile the models for H200s that are not there, and check memory, kernels, collectives
+	@PYTHONPATH=$(H200) $(BIN)/python -m pytest -p no:xdist -m "h200 and not slow" tests/jaxlm/test_h200.py tests/jaxlm/test_h200_decode.py $(PYTEST_ARGS)
 
 gpu: ## the checks that need a CUDA device, with the packages that PYTHON already has
 	@$(PYTHON) -m experiments.gpu_check $(if $(OUT),--out $(OUT))
@@ -49,6 +57,12 @@ $(BIN)/python:
 	    f"jaxlm needs Python 3.11 or newer, $(PYTHON) is {sys.version.split()[0]}: make PYTHON=python3.11 ...")'
 	@echo "making $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV)
+
+$(H200)/.compiler: $(NEEDS) | $(VENV)/.dev
+	@version=$$($(BIN)/python -c 'import jax; print(jax.__version__)') && \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps --upgrade \
+	    --target $(H200) jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version
+	@touch $@
 
 # What the demo needs is part of what the tests need: an environment for the tests serves the demo too.
 $(VENV)/.demo: $(NEEDS) | $(BIN)/python

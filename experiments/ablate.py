@@ -7,7 +7,7 @@
 --vary AXIS=VALUE,VALUE,AXIS=VALUE,…: the full product runs, all variants from the same weights on the same batches; the
 first value of each axis together is the baseline. An axis with one value sets it for all. AXIS is one of
 
-    attention   readable, xla, cudnn, auto          experts     loop, blocks, batched, auto
+    attention   readable, xla, cudnn, auto          experts     loop, blocks, batched, pallas, auto
     dtype       float32, bfloat16, float64          quant       none, int8, int4, nf4 (of the trained weights)
     optimizer   adamw, adam (weight decay off)
 

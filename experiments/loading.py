@@ -70,6 +70,7 @@ def _load_jax(target: Target, dtype: Dtype, quant: Quant) -> Any:
     import jax
     import jax.numpy as jnp
 
+    from jaxlm.decode_form import for_decoding
     from jaxlm.model import Split, abstract_model
     from jaxlm.train import cast_params
 
@@ -86,7 +87,8 @@ def _load_jax(target: Target, dtype: Dtype, quant: Quant) -> Any:
         cast = cast_params(plain, jnp.dtype(dtype))
         if dtype != "float64":  # what cast_params keeps wide is float64 at most in the files
             cast = {k: v.astype(jnp.float32) if v.dtype == jnp.float64 else v for k, v in cast.items()}
-    return Split(model.graphdef, model.params | cast)
+    model = Split(model.graphdef, model.params | cast)
+    return model if jax.default_backend() == "cpu" else for_decoding(model)
 
 
 def _load_torch(target: Target, dtype: Dtype, quant: Quant) -> Any:

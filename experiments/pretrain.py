@@ -23,11 +23,13 @@ from experiments.cli import RunOptions, main_guard, need, parse_run, say
 from experiments.handover import resume
 from experiments.launch import join, launch, open_together
 from jaxlm.checkpoint_files import preflight
+from jaxlm.compilation import may_use_gpu
 from jaxlm.config import ConfigError, RunConfig
 from jaxlm.count import active_param_count, flops_per_token, param_count
 from jaxlm.data.corpus import open_corpus
 from jaxlm.data.loader import LoaderSettings, eval_batches, make_loader
 from jaxlm.data.run_data import RunData, is_prepared, open_run_data
+from jaxlm.host_memory import keep_memory
 from jaxlm.live_plots import LivePlots
 from jaxlm.loop import Outputs, Result, fit
 from jaxlm.memory import peak_memory, process_peak_memory
@@ -131,6 +133,8 @@ def check_devices(run: RunConfig, framework: str) -> None:
     from jaxlm.distributed import require_all_devices
     from jaxlm.sharding import make_mesh
 
+    if not may_use_gpu():
+        keep_memory()  # now: the next line starts the threads of jax
     require_all_devices(make_mesh(run.mesh))
 
 
@@ -179,6 +183,7 @@ def train(
         rejected if engine.rows is None else rejected / f"rows_{engine.rows[0]}_to_{engine.rows[-1]}",
         directory.path / "profile" if profile and main else None,
         plots,
+        compiled_note(directory, engine.compiled, main) if framework == "jax" else None,
     )
     sinks = open_sinks(run, directory, resume_step=ready.resume_step) if main else Sinks()
     with sinks as sink:
@@ -194,6 +199,18 @@ def train(
             f"(best {result.best_val_loss:.4f}), {result.seconds:.0f} s, written to {directory.path}"
         )
     return Trained(run, directory, data, engine, result)
+
+
+def compiled_note(directory: RunDir, compiled: Any, main: bool) -> Callable[[], str]:
+    """What tells how long the compiler took and what was kept from before, and puts it into env.json as `compiled`."""
+
+    def note() -> str:
+        if main:
+            with contextlib.suppress(OSError, ValueError):  # it is for the record only
+                directory.add_to_env(compiled=compiled.record())
+        return str(compiled)
+
+    return note
 
 
 def begin(

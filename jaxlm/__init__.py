@@ -3,8 +3,9 @@
 Package map (imports go from right to left only; a test reads the AST):
 
     config, presets, tokenizer, rope_table, sampling, supervise <- data, text, chat, windows <- sharding, distributed
-        <- layers <- grouped <- attention, moe <- model <- loss, logits, cached, beam, generate, evaluate, quant
-        <- optim, guard, vitals, checkpoint, metrics, reporter, sinks <- train <- loop, plan, ablation
+        <- layers <- dispatch <- grouped_kernels <- grouped <- attention, moe <- model <- loss, logits, cached, beam,
+        generate, evaluate, quant <- optim, guard, vitals, checkpoint, metrics, reporter, sinks <- train <- loop,
+        plan, ablation
 
 `config`, `presets`, `count`, `tokenizer`, `rope_table`, `sampling`, `text` and `windows` import neither jax nor torch:
 `torchref`, the PyTorch column, shares them.

@@ -7,7 +7,8 @@ Query head n reads kv head n // G. Which query may see which key is said by `Vis
 """
 
 import functools
-from typing import NamedTuple
+import math
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
+from jaxlm.causal_attention import causal_attention
 from jaxlm.config import ModelConfig
 from jaxlm.layers import (
     Backends,
@@ -30,6 +32,9 @@ from jaxlm.layers import (
 )
 from jaxlm.shapes import Bool, Float, Int
 from jaxlm.sharding import BATCH_AXES, constrain, current_mesh_shape
+from jaxlm.token_attention import token_attention
+
+MASK_COLUMNS = 8  # a multiple of which a row of cuDNN's mask has: 16 bytes in half precision
 
 
 class Visibility(NamedTuple):
@@ -171,41 +176,97 @@ def fast_attention(
     """All heads in two products; q, k, v in their dtype, scores (-inf where not allowed) and softmax upcast."""
     B, T, N, H = q.shape
     K, S = k.shape[2], k.shape[1]
+    scores = _scores(q, k, mask, bias)
+    weights = dropout(masked_softmax(scores, mask[:, None]).astype(v.dtype), rate, key)
+    out_BKPH = jnp.matmul(weights.reshape(B, K, -1, S), v.swapaxes(1, 2))
+    return out_BKPH.reshape(B, N, T, H).swapaxes(1, 2), scores
+
+
+def _scores(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    mask: Bool[Array, "#B T S"],
+    bias: Float[Array, "N T S"] | None = None,
+) -> Float[Array, "B N T S"]:
+    """q k^T / sqrt(H) (+ bias), upcast; -inf where not allowed."""
+    B, T, N, H = q.shape
+    K, S = k.shape[2], k.shape[1]
     wide = jnp.promote_types(q.dtype, jnp.float32)
     # A kv head's group of queries are the rows of one product: no head of k or v is repeated, nor a cache turned.
     q_BKPH = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
     scores = jnp.matmul(q_BKPH, k.transpose(0, 2, 3, 1), preferred_element_type=wide) / H**0.5
     scores = scores.reshape(B, N, T, S)
-    if bias is not None:
-        scores += upcast(bias)
-    mask = mask[:, None]
-    weights = dropout(masked_softmax(scores, mask).astype(v.dtype), rate, key)
-    out_BKPH = jnp.matmul(weights.reshape(B, K, -1, S), v.swapaxes(1, 2))
-    out = out_BKPH.reshape(B, N, T, H).swapaxes(1, 2)
-    return out, jnp.where(mask, scores, -jnp.inf)
+    return jnp.where(mask[:, None], scores if bias is None else scores + upcast(bias), -jnp.inf)
 
 
-def cudnn_attention(q: Array, k: Array, v: Array, window: int) -> Array:
-    """cuDNN's fused kernel: causal, optionally windowed, no padding, half precision; per shard under a mesh."""
+def cudnn_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    window: int,
+    segments: Int[Array, "B T"] | None = None,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> Float[Array, "B T N H"]:
+    """cuDNN's fused kernel: causal, optionally windowed, of packed or padded rows; per shard under a mesh.
 
-    def local(q: Array, k: Array, v: Array) -> Array:
-        span = (window - 1, 0) if window else None
+    Segments become a mask [B, 1, T, T] that all heads and layers share. With it the window is part of the mask: cuDNN
+    before 9.10.2 takes no window beside one. Padding sees padding, so that every row has a key, and values of zero
+    there: its output and gradients are zero, and no second copy of the output is kept.
+    implementation: `xla` makes the same call without cuDNN, on any platform and in any dtype.
+    """
+    length, mask = q.shape[1], None
+    span = (window - 1, 0) if window and segments is None else None
+    if segments is not None:
+        v = jnp.where((segments > 0)[:, :, None, None], v, 0)
+        if short := -length % MASK_COLUMNS:
+            q, k, v = (jnp.pad(x, ((0, 0), (0, short), (0, 0), (0, 0))) for x in (q, k, v))
+        mask = _same_segment(jnp.pad(segments, ((0, 0), (0, short))), window)
+
+    def local(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
         return jax.nn.dot_product_attention(
-            q, k, v, is_causal=True, local_window_size=span, implementation="cudnn"
+            q, k, v, mask=mask, is_causal=True, local_window_size=span, implementation=implementation
         )
 
-    if not current_mesh_shape():
-        return local(q, k, v)
-    heads = PartitionSpec(BATCH_AXES, None, "tensor", None)
-    return jax.shard_map(local, in_specs=(heads, heads, heads), out_specs=heads, check_vma=False)(q, k, v)
+    if current_mesh_shape():
+        heads = PartitionSpec(BATCH_AXES, None, "tensor", None)
+        rows = None if mask is None else PartitionSpec(BATCH_AXES)
+        local = jax.shard_map(local, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
+    return local(q, k, v, mask)[:, :length]
 
 
-def choose_attention(requested: str, q: Array, plain: bool) -> str:
-    """`auto` takes cuDNN where it is exact and present: half precision on CUDA, plain causal attention."""
-    if requested != "auto":
+def _same_segment(segments: Int[Array, "B T"], window: int) -> Bool[Array, "B 1 T T"]:
+    """Keys of the query's segment, within the window; what is later than the query is left to the kernel."""
+    mask = segments[:, None, :, None] == segments[:, None, None, :]
+    if window:
+        index = jnp.arange(segments.shape[1], dtype=jnp.int32)
+        mask &= (index[:, None] - index[None, :]) < window
+    return constrain(mask, ("batch", None, None, None))
+
+
+def choose_attention(requested: str, q: Float[Array, "B T N H"], plain: bool) -> str:
+    """`auto` takes cuDNN where it is present, and that and `cudnn` take it where it is exact; else XLA.
+
+    plain: every query sees the keys up to itself, of its segment or all, without dropout or bias. cuDNN is exact then,
+    in half precision, for heads of a multiple of 8 up to 256 (128 before Hopper) and rows that the mesh divides.
+    """
+    if requested not in ("auto", "cudnn"):
         return requested
+    widest = 256 if requested == "cudnn" else _widest_fused_head()
     half = q.dtype in (jnp.bfloat16, jnp.float16)
-    return "cudnn" if plain and half and jax.default_backend() == "gpu" else "xla"
+    fits = q.shape[3] % 8 == 0 and q.shape[3] <= widest
+    shape = current_mesh_shape()
+    ways = math.prod(shape.get(axis, 1) for axis in BATCH_AXES)
+    return "cudnn" if plain and half and fits and q.shape[0] % ways == 0 else "xla"
+
+
+def _widest_fused_head() -> int:
+    """Widest head that cuDNN's kernel takes on this machine's first device; 0 where that is no GPU since Ampere."""
+    if jax.default_backend() != "gpu":
+        return 0
+    major = str(getattr(jax.devices()[0], "compute_capability", "")).partition(".")[0]
+    if not major.isdigit() or int(major) < 8:
+        return 0
+    return 256 if int(major) >= 9 else 128
 
 
 class Attention(nnx.Module):
@@ -265,14 +326,18 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T S"] | None]:
         """Dispatches to the implementation; all give the same result, and the scores where they exist."""
         dropping = key is not None and self.rate > 0
-        plain = not cached and visibility.query_segment is None and self.bias_table is None and not dropping
+        plain = not cached and self.bias_table is None and not dropping
         backend = choose_attention(self.backend, q, plain)
         if backend == "cudnn":
-            return cudnn_attention(q, k, v, self.window), None
+            return cudnn_attention(q, k, v, self.window, visibility.query_segment), None
         bias = None
         if self.bias_table is not None:
             rows, columns = visibility.query_index[:, None], visibility.key_index[None, :]
             bias = self.bias_table[...][0][:, rows, columns]
         mask = allowed(visibility, self.window)
+        if backend == "xla" and plain:
+            return causal_attention(q, k, v, mask, self.window), _scores(q, k, mask)
+        if backend == "xla" and cached and q.shape[1] == 1 and not dropping:
+            return token_attention(q, k, v, mask, bias)
         form = readable_attention if backend == "readable" else fast_attention
         return form(q, k, v, mask, bias, self.rate, key)

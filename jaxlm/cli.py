@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
+from jaxlm import compilation
 from jaxlm.config import ConfigError, InputError, MeshConfig, nearest
 from jaxlm.disk import FULL
 
@@ -42,6 +43,8 @@ def say(text: str) -> None:
 def main_guard(main: Callable[[list[str]], int | None], failures: tuple[type[Exception], ...] = ()) -> None:
     """Runs an entry point and exits: bad input is one line and 2, one of `failures` 1, an interrupt 130."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    for line in compilation.set_up():
+        say(f"warning: {line}")
     if WORKER in os.environ:
         _supervised(main, failures)
     try:

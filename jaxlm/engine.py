@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxlm.checkpoint import Checkpoints
+from jaxlm.compile_meter import CompileMeter
 from jaxlm.config import RunConfig
 from jaxlm.distributed import own_rows, place_rows, place_votes
 from jaxlm.guard import init_guard
@@ -55,11 +56,13 @@ class JaxEngine:
 
     Attributes:
         rows: of every global batch, which this process is to be given; None = all, where it is alone.
+        compiled: what was compiled since it was made.
     """
 
     def __init__(self, run: RunConfig, directory: Path, backends: Backends = Backends()):
         widen_if_needed(run)
         self.run, self.directory = run, directory
+        self.compiled = CompileMeter()
         self.mesh: Mesh | None = make_mesh(run.mesh) if run.mesh.size > 1 else None
         self.rows: list[int] | None = own_rows(self.mesh, run.train.batch_size)
         self._train, self._evaluate = make_train_step(run, self.mesh, backends), make_eval_step(run, backends)

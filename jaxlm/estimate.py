@@ -9,8 +9,12 @@ from typing import NamedTuple
 from jaxlm.config import ConfigError, ModelConfig, RunConfig, nearest
 from jaxlm.count import active_param_count, flops_per_token, param_count
 
-CHUNK_LOGITS = 2**26  # of a device, as in jaxlm.loss
-GPU_TILE, GPU_CHUNK = 256, 16  # rows of a tile of one expert, tiles of a product, as in jaxlm.grouped
+# Of a chunk of the loss at most, and what its vocabulary is a multiple of, as in jaxlm.head_loss.
+CHUNK_TOKENS, CHUNK_BYTES, LANES = 2**14, 2**32, 128
+# Queries of a block at least, and blocks of a sequence, as in jaxlm.causal_attention.
+LEAST_BLOCK, MOST_BLOCKS = 128, 4
+# Rows of a tile of one expert, as in jaxlm.grouped; in full precision the second, and so many tiles of a product.
+KERNEL_TILES, GPU_TILES, GPU_CHUNK = (128, 64, 32, 16), (256, 64, 16), 16
 TOKENS_PER_PARAM = 20  # arXiv:2203.15556, table 3: tokens over parameters at the optimum, 20 for all sizes
 USABLE = 0.95  # share of a device's memory that a program gets: CUDA, cuDNN and NCCL keep the rest
 _SIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -55,7 +59,7 @@ class Memory(NamedTuple):
     gradients: float  # of all parameters, as they are when the optimizer runs
     copies: float  # weights in the dtype of the computation, gathered where they are stored split
     activations: float  # kept between the passes, all layers
-    logits: float  # of one chunk of the loss, with their gradient
+    logits: float  # of one chunk of the loss, with their gradient, and the sum of the head's
     backward: float  # alive when the last block's gradient is taken: copies, activations, what that takes
     update: float  # alive when the optimizer runs: gradients, and copies still there
     peak: float
@@ -108,23 +112,25 @@ def memory(run: RunConfig, fused_attention: bool | None = None) -> Memory:
     top = sum(kept[:-1]) + max(layers[-1], kept[-1]) + layer_backward(run, last)
     split_head = head / one.store if one.store > 1 else head
     backward = copies + top + 3 * stream + 2 * split_head
-    # When the loss's gradient is taken: the head's weights and its gradient, a chunk's logits, hidden states with
-    # their gradient, in chunks.
-    loss = copies + sum(kept) + logits + 2 * head + 3 * stream
+    # In the loss: the head's weights, a chunk's logits, the sum of the head's gradient, hidden states, in chunks, and
+    # their gradient.
+    loss = copies + sum(kept) + logits + head + 3 * stream
     gradients = total * (one.item if run.train.accumulation == 1 else one.master) / one.store
     accumulated = total * one.master / one.store if run.train.accumulation > 1 else 0.0
     # When the first block's gradient is taken: the gradients of all others.
     first = total * one.item / one.store + max(layers[0], kept[0]) + layer_backward(run, 0)
     update = max(gradients, first if model.n_layers > 1 else 0.0) + accumulated
-    backward = max(backward, loss) + accumulated
+    # One mask of packed documents serves all layers, forward and backward, in half precision as cuDNN reads it.
+    masks = 2 * one.rows * run.train.seq_len**2 if fused and run.data.packing else 0
+    backward = max(backward, loss) + accumulated + masks
     peak = weights + moments + max(backward, update)
     return Memory(weights, moments, gradients, copies, sum(kept), logits, backward, update, peak)
 
 
 def fuses_attention(run: RunConfig) -> bool:
-    """Whether cuDNN's kernel serves this run: half precision, no dropout on scores, no bias table, no packing."""
-    half = run.train.dtype in ("bfloat16", "float16")
-    return half and not run.model.dropout and not run.model.attn_bias_table and not run.data.packing
+    """Whether cuDNN's kernel serves this run: half precision, a head it takes, no dropout on scores, no bias table."""
+    half, head = run.train.dtype in ("bfloat16", "float16"), run.model.head_dim
+    return half and head % 8 == 0 and head <= 256 and not run.model.dropout and not run.model.attn_bias_table
 
 
 def _moments(run: RunConfig, total: int) -> float:
@@ -168,8 +174,8 @@ def layer_activations(run: RunConfig, layer: int, fused: bool) -> float:
     """Bytes that block `layer` keeps for its backward pass without remat.
 
     Per token: the stream before attention and before the MLP, both norms' outputs, q, k, v, heads, a float32 per head
-    (softmax sums), and of a dense MLP gate, up and their product. Unfused attention keeps its scores, upcast, and its
-    probabilities; dropout keeps its masks, a byte per element.
+    (softmax sums), and of a dense MLP gate, up and their product. Unfused attention keeps its probabilities, with
+    dropout or a bias table its scores too, upcast; dropout keeps its masks, a byte per element.
     """
     one, model, mesh = shares(run), run.model, run.mesh
     heads, kv = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
@@ -177,10 +183,28 @@ def layer_activations(run: RunConfig, layer: int, fused: bool) -> float:
     size = one.tokens * one.item * (stream * model.d_model + (2 * heads + 2 * kv) / mesh.tensor)
     if fused:
         size += one.tokens * 4 * model.n_heads / mesh.tensor
+    elif _in_blocks(run):
+        size += _scores(run) * causal_share(run.train.seq_len) * one.item
     else:
-        scores = one.rows * model.n_heads * run.train.seq_len**2 / mesh.tensor
-        size += scores * (one.wide + one.item + (model.dropout > 0))
+        size += _scores(run) * (one.wide + one.item + (model.dropout > 0))
     return size + _mlp_activations(run, layer)
+
+
+def _scores(run: RunConfig) -> float:
+    """How many there are of one layer on one device."""
+    return shares(run).rows * run.model.n_heads * run.train.seq_len**2 / run.mesh.tensor
+
+
+def _in_blocks(run: RunConfig) -> bool:
+    """Whether unfused attention skips what causality forbids, as in jaxlm.causal_attention."""
+    return not run.model.dropout and not run.model.attn_bias_table
+
+
+def causal_share(length: int) -> float:
+    """Share of the scores that attention in blocks of queries makes, each with all keys up to its last query's."""
+    block = max(LEAST_BLOCK, -(-length // MOST_BLOCKS))
+    ends = [min(start + block, length) for start in range(0, length, block)]
+    return sum((end - start) * end for start, end in zip((0, *ends), ends)) / length**2
 
 
 def _mlp_activations(run: RunConfig, layer: int) -> float:
@@ -206,7 +230,10 @@ def slots(run: RunConfig) -> int:
     """Rows of the experts' buffers on one device, sized for the worst routing: all assignments, and a tile each."""
     one, moe = shares(run), run.model.moe
     assignments, experts = one.group * moe.n_active, moe.n_experts // run.mesh.expert
-    tile = next((t for t in (GPU_TILE, 64, 16) if t * experts <= 4 * assignments), 1)
+    if one.item == 2:
+        tile = next((t for t in KERNEL_TILES if t <= assignments // experts), KERNEL_TILES[-1])
+    else:
+        tile = next((t for t in GPU_TILES if t * experts <= 4 * assignments), 1)
     return assignments + min(experts, assignments) * (tile - 1)
 
 
@@ -239,31 +266,40 @@ def kept_activations(run: RunConfig, layer: int, fused: bool) -> float:
 def layer_backward(run: RunConfig, layer: int) -> float:
     """What the gradient of one block takes beside its activations.
 
-    Dense: gradients of gate and up, less their product, which is done with. Experts: gradients of all local weights
-    in float32, twice (the sum so far, and the next), a chunk of tiles' share of the larger of them, and the gradients
-    of the rows. Unfused attention: the gradient of the scores.
+    Dense: gradients of gate and up, less their product, which is done with. Experts: gradients of all local weights,
+    and of the rows between the products; in full precision the weights' twice in float32 (the sum so far, and the
+    next) and a chunk of tiles' share of the larger of them. Unfused attention: the gradient of the scores.
     """
     one, model, mesh = shares(run), run.model, run.mesh
     if not model.is_moe(layer):
         size = one.tokens * model.d_ff / mesh.tensor * one.item
     else:
-        matrix = model.d_model * model.expert_d_ff / mesh.tensor
-        up = (2 if model.mlp == "swiglu" else 1) * matrix
-        experts = model.moe.n_experts // mesh.expert
-        size = experts * (up + matrix) * one.wide * 2 + GPU_CHUNK * up * one.wide
-        size += 2 * slots(run) * model.d_model * one.item
+        hidden = model.expert_d_ff / mesh.tensor
+        matrix, halves = model.d_model * hidden, 2 if model.mlp == "swiglu" else 1
+        weights = model.moe.n_experts // mesh.expert * (halves + 1) * matrix
+        size = slots(run) * one.item * (2 * model.d_model + (halves + 1) * hidden)
+        if one.item == 2:
+            size += weights * one.item
+        else:
+            size += weights * one.wide * 2 + GPU_CHUNK * halves * matrix * one.wide
     if not fuses_attention(run):
-        scores = one.rows * model.n_heads * run.train.seq_len**2 / mesh.tensor
-        size = max(size, scores * one.wide)
+        size = max(size, _scores(run) * one.wide / (MOST_BLOCKS if _in_blocks(run) else 1))
     return size
 
 
 def _logits(run: RunConfig) -> float:
-    """One chunk: upcast, in the computation's dtype, and their gradient."""
+    """One chunk in the computation's dtype and its gradient; the sum of the head's gradient over chunks, upcast.
+
+    A single chunk adds nothing up, and its gradient takes the place of the logits.
+    """
     one, V = shares(run), run.model.vocab_size
-    length = max(1, min(run.train.seq_len, CHUNK_LOGITS // (one.rows * V)))
-    copies = one.wide + one.item * (one.item != one.wide)
-    return float(one.rows * length * V * (copies + one.item))
+    fitting = CHUNK_BYTES // (one.item * V)
+    tokens = -(-one.tokens // run.mesh.tensor)
+    chunks = -(-tokens // min(CHUNK_TOKENS, 2 ** max(0, fitting.bit_length() - 1)))
+    if chunks == 1:
+        return float(tokens * V * one.item)
+    columns = V + -V % LANES
+    return float(2 * -(-tokens // chunks) * columns * one.item + run.model.d_model * columns * one.wide)
 
 
 class Budget(NamedTuple):

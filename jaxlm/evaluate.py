@@ -16,10 +16,11 @@ import numpy as np
 from jax import Array
 
 from jaxlm.layers import add_bias, upcast
-from jaxlm.loss import CHUNK_LOGITS
 from jaxlm.model import Params, Split, merge_model
 from jaxlm.shapes import Bool, Float, Int
 from jaxlm.windows import Scores, Window, as_documents, batches, check_window, plan
+
+CHUNK_LOGITS = 2**26  # logits of one chunk: 256 MB in float32
 
 
 def token_scores(

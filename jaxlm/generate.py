@@ -26,7 +26,8 @@ from jaxlm.shapes import Float
 from jaxlm.text import Completion, Ended, complete
 from jaxlm.tokenizer import Tokenizer
 
-BURST = 32  # tokens of one dispatch at most; compiled once, whatever the number asked for
+BURST = 32  # tokens of one dispatch at most, a multiple of STRIDE; whatever is asked for, compiled once
+STRIDE = 8  # tokens between two looks at whether all answers have ended, where a look makes the device wait
 PATIENCE = 0.05  # seconds that a stream may keep back tokens for the sake of fewer dispatches
 
 
@@ -161,7 +162,7 @@ def _blocks(
     """New tokens of the answers `numbers` to `prompts`, until all of them are over or long enough.
 
     over: rows that the caller wants no more of; read before each dispatch, which goes on past single ones. The first
-    dispatch makes `first` ids, the next twice as many while one takes less than PATIENCE.
+    dispatch makes `first` ids (or a stride), the next twice as many while one takes less than PATIENCE.
     """
     longest = max(map(len, prompts))
     logits, state = prefill(model, prompts, longest + settings.max_new_tokens)
@@ -177,6 +178,7 @@ def _blocks(
     slots = state.cache.segment.shape[1]
     history = init_history(settings, prompts, slots, logits.shape[1])
     run = _compiled(model.graphdef)  # looked up once: hashing a deep graph takes milliseconds
+    stride = _stride()
     tokens, logprobs, history = run.pick(logits, history, draws, 0, rules)
     yield _Block(np.asarray(tokens)[:, None], np.asarray(logprobs)[:, None])
     loop = _Loop(tokens, jnp.asarray(over), history, state.cache, state.positions)
@@ -185,13 +187,29 @@ def _blocks(
         started = time.perf_counter()
         asked = min(count, settings.max_new_tokens - written)
         made, ids, logprobs, loop = run.burst(
-            model.params, loop._replace(done=jnp.asarray(over)), draws, written, asked, rules
+            model.params, loop._replace(done=jnp.asarray(over)), draws, written, asked, rules, stride
         )
-        n = int(made)
+        n = min(int(made), settings.max_new_tokens - written)
         yield _Block(np.asarray(ids)[:, :n], np.asarray(logprobs)[:, :n])
         written += n
         if time.perf_counter() - started < PATIENCE:
             count = min(2 * count, BURST)
+
+
+def lower_greedy(graphdef: Any, shapes: dict[str, Any], cache: Any, place: Any) -> jax.stages.Lowered:
+    """The program that `decode` dispatches on a GPU without sampling, lowered for shapes.
+
+    shapes: of the parameters, by path; cache: of a KVCache, its arrays to be given up. place: a sharding of all.
+    """
+    batch = cache.segment.shape[0]
+    row, flag = jax.ShapeDtypeStruct((batch,), jnp.int32), jax.ShapeDtypeStruct((batch,), bool)
+    one = jax.ShapeDtypeStruct((), jnp.int32)
+    loop = _Loop(row, flag, History(None, None, None, None), cache, row)
+    draws = _Draws(Sampling(greedy=True).numbers, one, row, None, jax.ShapeDtypeStruct((1,), jnp.int32))
+    placed = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), (shapes, loop, draws, one, one)
+    )
+    return _compiled(graphdef).burst.lower(*placed, _Rules(0, 0, False), STRIDE)
 
 
 class _Compiled(NamedTuple):
@@ -203,7 +221,11 @@ class _Compiled(NamedTuple):
 
 @functools.lru_cache(maxsize=16)
 def _compiled(graphdef: Any) -> _Compiled:
-    def burst(params: Params, loop: _Loop, draws: _Draws, first: Array, count: Array, rules: _Rules) -> Any:
+    def burst(
+        params: Params, loop: _Loop, draws: _Draws, first: Array, count: Array, rules: _Rules, stride: int
+    ) -> Any:
+        """At least `count` tokens unless all answers end before, up to `stride` - 1 more than either needs."""
+
         def more(carry: Any) -> Array:
             made, _, _, loop = carry
             return (made < count) & ~jnp.all(loop.done)
@@ -220,12 +242,22 @@ def _compiled(graphdef: Any) -> _Compiled:
         ids = jnp.zeros((loop.tokens.shape[0], BURST), jnp.int32)
         dtype = jnp.promote_types(loop.cache.layers[0].k.dtype, jnp.float32)
         carry = (jnp.zeros((), jnp.int32), ids, ids.astype(dtype), loop)
-        return jax.lax.while_loop(more, one, carry)
+        if stride == 1:
+            return jax.lax.while_loop(more, one, carry)
+        # A loop of known length is run without asking: `more` is read back by the host before each round.
+        return jax.lax.while_loop(
+            more, lambda carry: jax.lax.fori_loop(0, stride, lambda _, c: one(c), carry), carry
+        )
 
     return _Compiled(
         jax.jit(_pick, static_argnums=4),
-        jax.jit(burst, donate_argnums=1, static_argnums=5),
+        jax.jit(burst, donate_argnums=1, static_argnums=(5, 6)),
     )
+
+
+def _stride() -> int:
+    """On CPU a loop's condition costs nothing, and a token that nobody needs does."""
+    return 1 if jax.default_backend() == "cpu" else STRIDE
 
 
 def _pick(

@@ -1,24 +1,15 @@
 """Dropless expert MLPs: every token through the experts its router chose, and only through those.
 
-Four backends compute the same function:
+Five backends compute the same function:
 
     loop     every expert over every token, masked: E/A times the work, plainly right, the oracle of the tests
     blocks   CPU: one expert after the other, over tiles of its own tokens
+    pallas   CUDA in half precision: grouped products as kernels, see `jaxlm.grouped_pallas`
     batched  GPU: batched products over equal tiles, each with a gathered copy of its expert's weights
     sliced   decoding: a product per assignment on its expert's weights where they lie; nobody else's are read
 
-`blocks` and `batched` share a layout. The P*A assignments (token p, choice a) are sorted by expert and each expert's
-group is padded to whole tiles, so that a tile belongs to one expert:
-
-    slot        0 1 2 3 | 4 5 6 7 | 8 9 . . | 12 . . .      (tile = 4, . = padding)
-    expert            0 |       0 |       0 |        2      (nobody chose expert 1: it has no tile)
-    assignment  0 3 4 6 | 7 8 a b | d f     | 5             (index into [P, A] flattened)
-
-Buffers have the fixed size of the worst routing, but loops end with the last tile in use: skewed routing,
-empty experts and experts of other devices cost no product. Dispatch gathers rows by `Layout.assignment`,
-combine gathers them by its inverse `Layout.slot`, and the hand-written gradient swaps the two, so that a
-scatter-add (slow on CPU, slow and unordered on a GPU) never occurs. It keeps the hidden pre-activations of
-the forward pass, and is itself not differentiable.
+All but `loop` and `sliced` share the layout of `jaxlm.dispatch`. The hand-written gradients keep the hidden
+pre-activations of the forward pass, and are themselves not differentiable.
 """
 
 import functools
@@ -31,37 +22,20 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxlm.dispatch import EXPERT_HIDDEN as EXPERT_HIDDEN
+from jaxlm.dispatch import Activation as Activation
+from jaxlm.dispatch import ExpertWeights as ExpertWeights
+from jaxlm.dispatch import KernelPlan, Kernels, Layout, accumulator
+from jaxlm.dispatch import sort_by_expert as sort_by_expert
 from jaxlm.shapes import Float, Int
 
-Activation = Literal["swiglu", "gelu_erf", "gelu_tanh"]
-Backend = Literal["auto", "loop", "blocks", "batched", "sliced"]
+Backend = Literal["auto", "loop", "blocks", "pallas", "batched", "sliced"]
 
-EXPERT_HIDDEN = "expert_hidden"  # name of the hidden pre-activations and their layout, for remat policies
 CPU_TILES = (512, 128, 32, 8, 4)  # rows; large tiles keep the cores busy, small ones pad less
 GPU_TILES = (256, 64, 16)
+KERNEL_TILES = (128, 64, 32, 16)
 GPU_CHUNK = 16  # tiles of one batched product; bounds the gathered weights and the gradients per tile
 SLICES = 16  # assignments that `auto` slices weights for at most: each product is compiled on its own
-
-
-class ExpertWeights(NamedTuple):
-    """The MLPs of E experts. U, the width of `up`, is 2F with the gate half first (swiglu) or F (gelu)."""
-
-    up: Array  # [E, D, U]
-    up_bias: Array | None  # [E, U]
-    down: Array  # [E, F, D]
-    down_bias: Array | None  # [E, D]
-
-
-class Layout(NamedTuple):
-    """Where each assignment stands in the S padded slots, S a multiple of the tile; see the picture above."""
-
-    assignment: Array  # int32 [S], index into [P*A]; arbitrary in padding
-    filled: Array  # bool [S], False in padding
-    slot: Array  # int32 [P, A], inverse of `assignment`; 0 where not local
-    local: Array  # bool [P, A], the expert is one of ours
-    start: Array  # int32 [E], first slot of each group
-    rows: Array  # int32 [E], slots of each group, padding included
-    owner: Array  # int32 [S / tile], expert of each tile; arbitrary behind the last group
 
 
 class _Plan(NamedTuple):
@@ -83,19 +57,22 @@ def expert_mlp(
     backend: Backend = "auto",
     hidden_dropout: tuple[Array, float] | None = None,
     tiles: tuple[int, ...] | None = None,
+    kernels: Kernels | None = None,
 ) -> Float[Array, "P D"]:
     """sum_a combine[p, a] * MLP_{ids[p, a]}(x[p]): [P, D] in x's dtype, accumulated in at least float32.
 
     An id outside [0, E) is nobody's here: it contributes exactly zero to the result and to every gradient.
     `hidden_dropout` is the key and rate of dropout on the hidden layer, drawn per assignment, hence the same for
     all backends. `auto` looks at the default device; name the backend when compiling for another one. `tiles`
-    overrides the tile sizes in rows, descending, each a multiple of the next; `batched` takes one.
+    overrides the tile sizes in rows, descending, each a multiple of the next; `pallas` and `batched` take one.
+    `kernels` overrides how `pallas` cuts its products.
 
     Raises ValueError on an unknown activation or backend, and on widths, dtypes or tiles that do not fit.
     """
     _check(x, weights, ids, activation, backend, tiles)
     if backend == "auto":
-        grouped = "blocks" if jax.default_backend() == "cpu" else "batched"
+        fastest = "pallas" if x.dtype.itemsize == 2 else "batched"
+        grouped = "blocks" if jax.default_backend() == "cpu" else fastest
         # Up to half the experts at most: fewer bytes than grouping reads, and no sorting.
         backend = "sliced" if ids.size <= min(SLICES, len(weights.up) // 2) else grouped
     key, rate = hidden_dropout or (None, 0.0)
@@ -106,11 +83,17 @@ def expert_mlp(
         return _loop(x, weights, ids, combine, keep, activation, rate)
     if backend == "sliced":
         return _sliced(x, weights, ids, combine, keep, activation, rate)
+    inputs = _vary_alike((x, weights, ids, combine, keep))
+    if backend == "pallas":
+        each = ids.size // len(weights.up)  # rows of an expert, if all have as many
+        tile = tiles[0] if tiles else next((t for t in KERNEL_TILES if t <= each), KERNEL_TILES[-1])
+        from jaxlm.grouped_pallas import kernel_mlp  # Pallas takes 0.15 s to import
+
+        return kernel_mlp(KernelPlan(activation, rate, tile, kernels or Kernels()), *inputs)
     if tiles is None:
         sizes, count = (CPU_TILES, 3) if backend == "blocks" else (GPU_TILES, 1)
         # Under two rows per expert, as in decoding, a product per row reads no more weights and pads nothing.
         tiles = tuple(t for t in sizes if t * weights.up.shape[0] <= 4 * ids.size)[:count] or (1,)
-    inputs = _vary_alike((x, weights, ids, combine, keep))
     return _grouped(_Plan(backend, activation, rate, tiles), *inputs)
 
 
@@ -132,9 +115,11 @@ def _check(
         raise ValueError(
             f"{ids.size} assignments to {len(weights.up)} experts overflow 32-bit keys: use smaller batches"
         )
-    too_many = backend == "batched" and len(tiles or ()) > 1
+    too_many = backend in ("batched", "pallas") and len(tiles or ()) > 1
     if tiles is not None and (not tiles or too_many or any(a % b for a, b in itertools.pairwise(tiles))):
-        raise ValueError(f"tiles={tiles} must be descending, each a multiple of the next; one for batched")
+        raise ValueError(
+            f"tiles={tiles} must be descending, each a multiple of the next; one for pallas and batched"
+        )
 
 
 def _vary_alike(arrays: Any) -> Any:
@@ -150,10 +135,6 @@ def _vary_alike(arrays: Any) -> Any:
         return lax.pcast(a, missing, to="varying") if missing else a
 
     return jax.tree.map(mark, arrays)
-
-
-def _accumulator(dtype: Any) -> Any:
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def _hidden(h: Array, keep: Array | None, activation: Activation, rate: float) -> Array:
@@ -175,7 +156,7 @@ def _loop(
     activation: Activation,
     rate: float,
 ) -> Array:
-    acc = _accumulator(x.dtype)
+    acc = accumulator(x.dtype)
     out = jnp.zeros(x.shape, acc)
     for e in range(weights.up.shape[0]):
         up, up_bias, down, down_bias = jax.tree.map(lambda w, e=e: w[e].astype(acc), weights)
@@ -196,7 +177,7 @@ def _sliced(
     activation: Activation,
     rate: float,
 ) -> Array:
-    acc, n_experts = _accumulator(x.dtype), weights.up.shape[0]
+    acc, n_experts = accumulator(x.dtype), weights.up.shape[0]
     rows = []
     for p in range(x.shape[0]):
         total = jnp.zeros((1, x.shape[1]), acc)
@@ -214,32 +195,6 @@ def _sliced(
     return jnp.concatenate(rows).astype(x.dtype)
 
 
-def sort_by_expert(ids: Array, n_experts: int, tile: int, chunk: int = 1) -> Layout:
-    """The layout of ids [P, A] in tiles of `tile` rows; more than `chunk` tiles are filled up to whole chunks."""
-    count = ids.size
-    local = (ids >= 0) & (ids < n_experts)
-    expert = jnp.where(local, ids, n_experts).reshape(-1).astype(jnp.int32)  # [P*A]
-    # The index in the low digits makes the keys distinct: one array to sort, in a third of the time of pairs.
-    order = lax.sort(expert * count + jnp.arange(count, dtype=jnp.int32), is_stable=False) % count
-    mine = jax.nn.one_hot(expert, n_experts, dtype=jnp.int32)  # [P*A, E]
-    running = jnp.cumsum(mine, axis=0)
-    size = running[-1]
-    first = jnp.cumsum(size) - size  # in `order`, [E]
-    n_tiles = -(-size // tile)
-    last_tile = jnp.cumsum(n_tiles)
-    start = (last_tile - n_tiles) * tile
-    # The most tiles there can be: a group that is not empty pads at most tile - 1 rows.
-    bound = (count + min(n_experts, count) * (tile - 1)) // tile
-    bound = bound if bound <= chunk else -(-bound // chunk) * chunk
-    owner = jnp.searchsorted(last_tile, jnp.arange(bound), side="right", method="compare_all")
-    owner = jnp.minimum(owner, n_experts - 1).astype(jnp.int32)
-    rank = jnp.arange(bound * tile).reshape(bound, tile) - start[owner][:, None]
-    filled = rank < size[owner][:, None]
-    assignment = order[jnp.clip(first[owner][:, None] + rank, 0, count - 1)]
-    slot = (mine * (running - 1 + start[None])).sum(-1).reshape(ids.shape)
-    return Layout(assignment.reshape(-1), filled.reshape(-1), slot, local, start, n_tiles * tile, owner)
-
-
 # A tile's work: (first slot, number of slots, its expert's weights) -> (results per slot, weight gradient).
 Work = Callable[[Array, int, ExpertWeights], tuple[tuple[Array, ...], ExpertWeights | None]]
 Rows = tuple[Array, ...]  # buffers of S rows
@@ -250,7 +205,7 @@ def _run_blocks(
 ) -> Any:
     """Runs `work` expert by expert: one copy of an expert's weights serves all its tiles, and their gradient
     adds up in place before it is written once. Returns the filled rows and, if `train`, the gradient."""
-    acc, n_experts = _accumulator(weights.up.dtype), weights.up.shape[0]
+    acc, n_experts = accumulator(weights.up.dtype), weights.up.shape[0]
     index = jnp.arange(n_experts, dtype=jnp.int32)
     busy = lax.sort(jnp.where(layout.rows > 0, index, index + n_experts), is_stable=False) % n_experts
 
@@ -283,7 +238,7 @@ def _run_batched(
 ) -> Any:
     """Runs `work` on chunks of tiles at once; the gradients of a chunk's tiles are summed by expert in a
     product with a one-hot matrix, which has a fixed order. Returns what `_run_blocks` does."""
-    acc, n_experts = _accumulator(weights.up.dtype), weights.up.shape[0]
+    acc, n_experts = accumulator(weights.up.dtype), weights.up.shape[0]
     tile = plan.tiles[-1]
     chunk = min(GPU_CHUNK, layout.owner.size)
 
@@ -324,7 +279,7 @@ def _grouped(
 def _forward(
     plan: _Plan, x: Array, weights: ExpertWeights, ids: Array, combine: Array, keep: Array | None
 ) -> tuple[Array, Any]:
-    acc, n_active = _accumulator(x.dtype), ids.shape[1]
+    acc, n_active = accumulator(x.dtype), ids.shape[1]
     chunk = GPU_CHUNK if plan.backend == "batched" else 1
     layout = sort_by_expert(ids, weights.up.shape[0], plan.tiles[-1], chunk)
 
@@ -350,7 +305,7 @@ def _forward(
 
 def _backward(plan: _Plan, saved: Any, dy: Array) -> Any:
     x, weights, combine, keep, layout, h = saved
-    acc, n_active = _accumulator(x.dtype), combine.shape[1]
+    acc, n_active = accumulator(x.dtype), combine.shape[1]
     # Padding has weight zero: whatever rows it holds, they add nothing to the gradients of the weights.
     share = jnp.where(layout.filled, combine.reshape(-1)[layout.assignment].astype(acc), 0)
 

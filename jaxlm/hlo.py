@@ -20,6 +20,7 @@ BYTES = {
     "pred": 1,
 }
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (\((?:[^()]|\([^()]*\))*\)|\S+) ([a-z][\w-]*)\((.*)")
+_FUSION = re.compile(r" fusion\(.*?\bcalls=%?([\w.-]+)")
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 
 
@@ -36,10 +37,11 @@ class Instruction(NamedTuple):
 def instructions(text: str, fused: bool = False) -> Iterator[Instruction]:
     """All instructions of a module; those inside fusions, whose results need no memory, only if `fused`."""
     inside, computation = False, ""
+    fusions = set(_FUSION.findall(text))
     for line in text.splitlines():
         if line.startswith(("%", "ENTRY")) and line.rstrip().endswith("{"):
             computation = line.removeprefix("ENTRY ").split(" ")[0].removeprefix("%")
-            inside = "fused_computation" in computation or computation.startswith("wrapped_")
+            inside = computation in fusions
         match = None if inside and not fused else _INSTRUCTION.match(line)
         if match is not None:
             found = tuple(

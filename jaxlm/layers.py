@@ -4,8 +4,9 @@ dtype is never hard-coded: parameters have the dtype they were made with (or cas
 input, and "upcast" means `promote_types(dtype, float32)`, so float64 runs through the same code.
 """
 
+import functools
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from jaxlm.config import ModelConfig
+from jaxlm.matmul import matmul
 from jaxlm.shapes import Bool, Float
 from jaxlm.sharding import Axes, constrain
 
@@ -22,7 +24,7 @@ class Backends(NamedTuple):
     """Which of several equal implementations runs; `auto` takes the fastest for the platform."""
 
     attention: Literal["auto", "readable", "xla", "cudnn"] = "auto"
-    experts: Literal["auto", "loop", "blocks", "batched", "sliced"] = "auto"
+    experts: Literal["auto", "loop", "blocks", "pallas", "batched", "sliced"] = "auto"
 
 
 def upcast(x: Array) -> Array:
@@ -85,7 +87,7 @@ class Linear(nnx.Module):
         self.bias = make_param((n_out,), axes[1:], 0.0, rngs, dtype) if bias else None
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
-        y = x @ self.weight[...].astype(x.dtype)
+        y = matmul(x, self.weight[...].astype(x.dtype))
         return y if self.bias is None else add_bias(y, self.bias[...])
 
 
@@ -98,7 +100,29 @@ class Embed(nnx.Module):
 
     def __call__(self, ids: Array) -> Array:
         # As its axes say, though it may be stored split further: the partitioner would gather all rows that come out.
-        return constrain(self.weight[...], self.axes)[ids]
+        weight = constrain(self.weight[...], self.axes)
+        return _lookup(weight.shape, weight.dtype, weight, ids)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _lookup(shape: tuple[int, ...], dtype: DTypeLike, weight: Array, ids: Array) -> Array:
+    """weight[ids]; its gradient is added up in float32 at least.
+
+    In half precision a frequent token's sum would soon stand still, and GPUs add such numbers slowly.
+    """
+    return weight[ids]
+
+
+def _lookup_forward(shape: tuple[int, ...], dtype: DTypeLike, weight: Array, ids: Array) -> Any:
+    return weight[ids], ids
+
+
+def _lookup_backward(shape: tuple[int, ...], dtype: DTypeLike, ids: Array, dy: Array) -> tuple[Array, None]:
+    total = jnp.zeros(shape, jnp.promote_types(dtype, jnp.float32)).at[ids].add(upcast(dy))
+    return total.astype(dtype), None
+
+
+_lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 def apply_rope(

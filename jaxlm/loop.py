@@ -139,6 +139,7 @@ class Outputs:
     bad_batches: Path | None = None  # folder for the batches of skipped updates
     profile: Path | None = None  # folder for a profiler's trace of a few steps
     on_checkpoint: Callable[[], None] | None = None  # called after every checkpoint (plots); may fail
+    on_first_step: Callable[[], str] | None = None  # called when the first step runs; what it says is shown
 
 
 def fit(
@@ -203,6 +204,7 @@ class _Loop:
         self._pending: tuple[int, Mapping[str, Any], HostBatch] | None = (
             None  # dispatched and not yet reported
         )
+        self._on_first_step = outputs.on_first_step
         # Whether any of several processes was asked to stop; None where there is only this one.
         self._shared_stop: bool | None = None if engine.rows is None else False
 
@@ -211,6 +213,7 @@ class _Loop:
         try:
             while self.engine.step < self.train.steps:
                 self._step(interrupts.received > 0)
+                self._say_once()
                 step = self.engine.step
                 evaluating = step % self.train.eval_interval == 0 or step == self.train.steps
                 if self.skips.on_edge and not evaluating:
@@ -241,6 +244,11 @@ class _Loop:
         metrics = self.engine.train_step(batch, asked)
         self._flush()  # of the step before, while the device works on this one
         self._pending = (self.engine.step, metrics, batch)
+
+    def _say_once(self) -> None:
+        if self._on_first_step is not None:
+            self.bar.message(self._on_first_step())
+            self._on_first_step = None
 
     def _checkpoint(self, evaluating: bool) -> None:
         self._settle()

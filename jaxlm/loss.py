@@ -2,13 +2,13 @@
 
     total = CE + z_loss_coef * Z + balance_coef * balance + router_z_coef * router_z
 
-CE and Z are means over the tokens that carry loss; the head is applied chunk by chunk along T, so that the logits of
-all tokens never exist at once. Under accumulation CE, Z and router_z are sums over the global count, which makes them
+CE and Z are means over the tokens that carry loss; the head is applied chunk by chunk, so that the logits of all
+tokens never exist at once. Under accumulation CE, Z and router_z are sums over the global count, which makes them
 equal to the full batch; the balance loss is a product of means, taken per micro-batch and averaged.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +16,20 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from jaxlm.config import ModelConfig
+from jaxlm.head_loss import Options, head_loss
 from jaxlm.layers import add_bias, upcast
 from jaxlm.moe import balance_loss, router_z_sum
 from jaxlm.shapes import Bool, Float, Int
 from jaxlm.sharding import BATCH_AXES, constrain, current_mesh_shape
 
-CHUNK_LOGITS = 2**26  # logits of one chunk: 256 MB in float32
-
 
 class TokenLoss(NamedTuple):
-    """Sums over tokens, weighted by the loss mask."""
+    """Sums over tokens, weighted by the loss mask. Only `loss` carries a gradient."""
 
+    loss: Float[Array, ""]  # cross_entropy + z_coef * z
     cross_entropy: Float[Array, ""]
     z: Float[Array, ""]
-    entropy: Float[Array, ""]  # of the softmax, in nats; no gradient; zero unless asked for
+    entropy: Float[Array, ""]  # of the softmax, in nats; zero unless asked for
 
 
 class Terms(NamedTuple):
@@ -56,6 +56,7 @@ def token_loss(
     bias: Float[Array, " V"] | None,
     targets: Int[Array, "B T"],
     mask: Float[Array, "B T"],
+    z_coef: float = 0.0,
     entropy: bool = False,
 ) -> TokenLoss:
     """Cross-entropy in nats, logsumexp^2 and, if asked, entropy, summed over tokens with weight `mask`; logits upcast.
@@ -71,7 +72,9 @@ def token_loss(
     target_logit = jnp.sum(wide * hit.astype(wide.dtype), axis=-1)
     mask = mask.astype(wide.dtype)
     spread = _entropy(wide, log_z) if entropy else jnp.zeros_like(mask)
-    return TokenLoss(jnp.sum((log_z - target_logit) * mask), jnp.sum(log_z**2 * mask), jnp.sum(spread * mask))
+    cross_entropy, z = jnp.sum((log_z - target_logit) * mask), jnp.sum(log_z**2 * mask)
+    told = jax.lax.stop_gradient((cross_entropy, z, jnp.sum(spread * mask)))
+    return TokenLoss(cross_entropy + z_coef * z, *told)
 
 
 def _entropy(logits: Float[Array, "B T V"], log_z: Float[Array, "B T"]) -> Float[Array, "B T"]:
@@ -86,18 +89,20 @@ def chunked_token_loss(
     bias: Float[Array, " V"] | None,
     targets: Int[Array, "B T"],
     mask: Float[Array, "B T"],
-    chunk_logits: int = CHUNK_LOGITS,
+    z_coef: float = 0.0,
+    chunk_logits: int | None = None,
     entropy: bool = False,
 ) -> TokenLoss:
-    """`token_loss` over chunks of T, logits recomputed in the backward pass; one chunk where all logits are small.
+    """`token_loss` over chunks of tokens, the gradients formed in the forward pass: see jaxlm/head_loss.py.
 
     Under a mesh each device takes its own rows and, along `tensor`, its own part of T with the whole vocabulary:
-    whatever its size, no logit is made twice. `chunk_logits` is per device, and the head's gradient is summed over
-    devices once, after the last chunk.
+    whatever its size, no logit is made twice. `chunk_logits` is per device, None chooses by the platform; the head's
+    gradient is summed over devices once, after the last chunk.
     """
+    options = Options(z_coef, chunk_logits, entropy)
     shape = current_mesh_shape()
     if not shape or hidden.shape[0] % math.prod(shape[axis] for axis in BATCH_AXES):
-        return _in_chunks(hidden, weight, bias, targets, mask, chunk_logits, entropy)
+        return _of_tokens(options, hidden, weight, bias, targets, mask)
     # Pinned to where the master lies, so that what is gathered is the copy in the computation's dtype.
     weight = constrain(weight, ("embed", "vocab"))
     tail = -hidden.shape[1] % shape["tensor"]
@@ -106,7 +111,7 @@ def chunked_token_loss(
     )
 
     def island(x: Array, weight: Array, bias: Array | None, targets: Array, mask: Array) -> TokenLoss:
-        own = _in_chunks(x, weight, bias, targets, mask, chunk_logits, entropy)
+        own = _of_tokens(options, x, weight, bias, targets, mask)
         return jax.lax.psum(own, (*BATCH_AXES, "tensor"))
 
     tokens, whole = PartitionSpec(BATCH_AXES, "tensor"), PartitionSpec()
@@ -115,40 +120,19 @@ def chunked_token_loss(
     return made(hidden, weight, bias, targets, mask)
 
 
-def _in_chunks(
-    hidden: Array,
-    weight: Array,
-    bias: Array | None,
-    targets: Array,
-    mask: Array,
-    chunk_logits: int,
-    entropy: bool,
+def _of_tokens(
+    options: Options, hidden: Array, weight: Array, bias: Array | None, targets: Array, mask: Array
 ) -> TokenLoss:
-    B, T, _ = hidden.shape
-    length = max(1, min(T, chunk_logits // (B * weight.shape[1])))
-    if length == T:
-        return token_loss(hidden, weight, bias, targets, mask, entropy)
-    chunks = -(-T // length)
-
-    def split(x: Array) -> Array:
-        """[B, T, ...] -> [chunks, B, length, ...]; the tail is filled with zeros, whose mask is zero too."""
-        x = jnp.pad(x, ((0, 0), (0, chunks * length - T), *((0, 0),) * (x.ndim - 2)))
-        return jnp.moveaxis(x.reshape(B, chunks, length, *x.shape[2:]), 1, 0)
-
-    @jax.checkpoint
-    def body(total: TokenLoss, chunk: tuple[Array, Array, Array]) -> tuple[TokenLoss, None]:
-        x, y, m = chunk
-        part = token_loss(x, weight, bias, y, m, entropy)
-        return TokenLoss(*(a + b for a, b in zip(total, part, strict=True))), None
-
-    zero = jnp.zeros((), jnp.promote_types(hidden.dtype, jnp.float32))
-    total, _ = jax.lax.scan(body, TokenLoss(zero, zero, zero), (split(hidden), split(targets), split(mask)))
-    return total
+    """Rows laid end to end: a chunk of tokens may hold parts of several."""
+    dtype = hidden.dtype
+    x, y, m = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), mask.reshape(-1)
+    bias = None if bias is None else bias.astype(dtype)
+    sums: Any = head_loss(options, x, weight.astype(dtype), bias, y, m)
+    return TokenLoss(*sums)
 
 
 def total_loss(
     config: ModelConfig,
-    z_loss_coef: float,
     tokens: TokenLoss,
     acts: dict[str, Array],
     valid: Bool[Array, "B T"],
@@ -157,7 +141,7 @@ def total_loss(
     """All terms of one micro-batch, such that their sums over the micro-batches are the batch's."""
     moe, layers = config.moe, [i for i in range(config.n_layers) if config.is_moe(i)]
     cross_entropy, z = tokens.cross_entropy / counts.loss_tokens, tokens.z / counts.loss_tokens
-    total = cross_entropy + z_loss_coef * z
+    total = tokens.loss / counts.loss_tokens
     balance = router_z = jnp.zeros_like(total)
     if layers:
         logits = [acts[f"blocks.{i}.moe.router_logits"] for i in layers]

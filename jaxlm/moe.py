@@ -22,6 +22,7 @@ from jaxlm.shapes import Bool, Float, Int
 from jaxlm.sharding import BATCH_AXES, by_rows, constrain, current_mesh_shape
 
 ROUTING = "routing"  # name of the chosen experts, for remat policies
+PASSES = 8  # experts of a token that are found one after the other
 UP_AXES = ("experts", None, "ffn")
 DOWN_AXES = ("experts", "ffn", None)
 
@@ -44,15 +45,27 @@ def route(
     """
     probs = jax.nn.softmax(logits, axis=-1)
     if ids is None:
-        # The partitioner would gather all tokens for it.
-        best = by_rows(lambda x: jax.lax.top_k(x, n_active)[1], jax.lax.stop_gradient(logits))
-        named: Array = checkpoint_name(best, ROUTING)
+        named: Array = checkpoint_name(_largest(jax.lax.stop_gradient(logits), n_active), ROUTING)
         ids = named
     # A one-hot product instead of a gather: its gradient needs no scatter.
     weights = jnp.sum(probs[..., None, :] * jax.nn.one_hot(ids, logits.shape[-1], dtype=probs.dtype), axis=-1)
     if renormalize:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     return ids, weights
+
+
+def _largest(logits: Array, count: int) -> Array:
+    """Indices [*B, count] of the largest logits, best first, the lowest of equals first."""
+    if count > PASSES:
+        # The partitioner would gather all tokens for it.
+        return by_rows(lambda x: jax.lax.top_k(x, count)[1], logits)
+    # A GPU sorts whole rows for top_k; this reads them `count` times, and is split over tokens as they are.
+    rest, found = jnp.maximum(logits, jnp.finfo(logits.dtype).min), []
+    for _ in range(count):
+        best = jnp.argmax(rest, axis=-1)
+        found.append(best)
+        rest = jnp.where(jax.nn.one_hot(best, logits.shape[-1], dtype=bool), -jnp.inf, rest)
+    return jnp.stack(found, axis=-1).astype(jnp.int32)
 
 
 def within_capacity(

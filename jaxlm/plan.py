@@ -18,9 +18,11 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from jaxlm.attention import init_cache
-from jaxlm.cached import step
 from jaxlm.config import ConfigError, MeshConfig, ModelConfig, RunConfig
+from jaxlm.decode_form import abstract_for_decoding
 from jaxlm.estimate import DEVICES, fuses_attention
+from jaxlm.generate import lower_greedy
+from jaxlm.grouped import SLICES
 from jaxlm.hlo import collectives
 from jaxlm.layers import Backends
 from jaxlm.model import abstract_model
@@ -58,6 +60,7 @@ class Compiled(NamedTuple):
     state_bytes: int
     temporary_bytes: int
     argument_bytes: int  # the state as it lies, and the batch
+    aliased_bytes: int  # of the arguments, what the results take over in place
     collectives: dict[str, int]
     text: str  # optimized HLO
 
@@ -123,9 +126,9 @@ def compile_step(run: RunConfig, device: str = "h200") -> Compiled:
     require_plugin()
     _tell_cudnn_version()
     mesh = absent_mesh(run.mesh, device)
-    backends = Backends(attention="cudnn" if fuses_attention(run) else "xla", experts="batched")
     with jax.set_mesh(mesh):
-        compiled = make_train_step(run, mesh, backends).lower(*step_arguments(run, mesh)).compile()
+        step = make_train_step(run, mesh, gpu_backends(run))
+        compiled = step.lower(*step_arguments(run, mesh)).compile()
     memory: Any = compiled.memory_analysis()
     text = compiled.as_text() or ""
     state = _bytes(state_shapes(run)) // run.mesh.size
@@ -135,9 +138,16 @@ def compile_step(run: RunConfig, device: str = "h200") -> Compiled:
         state,
         memory.temp_size_in_bytes,
         memory.argument_size_in_bytes,
+        memory.alias_size_in_bytes,
         {kind: traffic.count for kind, traffic in collectives(text).items()},
         text,
     )
+
+
+def gpu_backends(run: RunConfig) -> Backends:
+    """What `auto` takes in a training step on a GPU; here the default device is another one."""
+    half = run.train.dtype in ("bfloat16", "float16")
+    return Backends("cudnn" if fuses_attention(run) else "xla", "pallas" if half else "batched")
 
 
 def compile_decode(config: ModelConfig, quant: str | None, slots: int, batch: int) -> Decoding:
@@ -149,31 +159,16 @@ def compile_decode(config: ModelConfig, quant: str | None, slots: int, batch: in
     if batch < 1 or not 1 <= slots <= config.context:
         raise ConfigError(f"batch={batch} must be positive and slots={slots} between 1 and {config.context}")
     require_plugin()
-    half, backends = jnp.bfloat16, Backends(attention="xla", experts="batched")
-    model = (
-        abstract_model(config, backends, half)
-        if quant is None
-        else abstract_quantized(config, quant, backends, half)
-    )
+    few = batch * config.moe.n_active <= min(SLICES, config.moe.n_experts // 2)
+    half, backends = jnp.bfloat16, Backends(attention="xla", experts="sliced" if few else "pallas")
+    if quant is None:
+        model = abstract_model(config, backends, half)
+        model = abstract_for_decoding(model.graphdef, model.shapes)
+    else:
+        model = abstract_quantized(config, quant, backends, half)
     cache = jax.eval_shape(lambda: init_cache(config, batch, slots, half))
-    row = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    count = jax.ShapeDtypeStruct((), jnp.int32)
-
-    def run(params: Any, cache: Any, tokens: Any, positions: Any, count: Any) -> Any:
-        def one(carry: Any) -> Any:
-            made, cache, tokens, positions = carry
-            logits, cache, positions = step(model.graphdef, params, cache, tokens, positions)
-            return made + 1, cache, jnp.argmax(logits, axis=-1).astype(jnp.int32), positions
-
-        carry = (jnp.zeros((), jnp.int32), cache, tokens, positions)
-        return jax.lax.while_loop(lambda carry: carry[0] < count, one, carry)
-
     place = replicated(absent_mesh(MeshConfig()))
-    arguments = jax.tree.map(
-        lambda shape: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place),
-        (model.shapes, cache, row, row, count),
-    )
-    compiled = jax.jit(run, donate_argnums=1).lower(*arguments).compile()
+    compiled = lower_greedy(model.graphdef, model.shapes, cache, place).compile()
     memory: Any = compiled.memory_analysis()
     kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Decoding(
@@ -198,9 +193,12 @@ def step_arguments(run: RunConfig, mesh: Mesh) -> tuple[Any, Any, Scalars]:
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
 
     rows = (run.train.batch_size, run.train.seq_len)
+    dtypes = {"inputs": jnp.int32, "targets": jnp.int32, "loss_mask": jnp.float32}
+    if run.data.packing:
+        dtypes |= {"segments": jnp.int32, "positions": jnp.int32}
     batch = {
         name: jax.ShapeDtypeStruct(rows, dtype, sharding=batch_sharding(mesh))
-        for name, dtype in (("inputs", jnp.int32), ("targets", jnp.int32), ("loss_mask", jnp.float32))
+        for name, dtype in dtypes.items()
     }
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
     return jax.tree.map(struct, state_shapes(run), places), batch, Scalars(*(scalar,) * len(Scalars._fields))

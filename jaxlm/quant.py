@@ -183,8 +183,24 @@ class QuantLinear(nnx.Module):
         self.weight, self.bias = weight, bias
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
-        y = jnp.einsum("...i,oi->...o", x, self.weight(x))
+        weight = self.weight(x)
+        if x.size == x.shape[-1]:
+            y = lax.platform_dependent(x, weight, cuda=_one_row, default=_rows)
+        else:
+            y = _rows(x, weight)
         return y if self.bias is None else add_bias(y, self.bias[...])
+
+
+def _rows(x: Float[Array, "*B I"], weight: Float[Array, "O I"]) -> Float[Array, "*B O"]:
+    return jnp.einsum("...i,oi->...o", x, weight)
+
+
+def _one_row(x: Float[Array, "*B I"], weight: Float[Array, "O I"]) -> Float[Array, "*B O"]:
+    """The same as a sum, of which XLA's GPU compiler makes one kernel with the dequantisation; for the kernel of a
+    product it writes the whole weight to memory first.
+    """
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.sum(x[..., None, :].astype(wide) * weight.astype(wide), axis=-1).astype(x.dtype)
 
 
 class QuantExperts(nnx.Module):

@@ -106,6 +106,10 @@ class RunDir:
                 previous = []  # provenance that cannot be read must not stop a run
         _write_json(self.env, environment(devices, seed) | {"previous": previous})
 
+    def add_to_env(self, **values: Any) -> None:
+        """Adds to env.json what is known of the present start only later."""
+        _write_json(self.env, json.loads(self.env.read_text(encoding="utf-8")) | values)
+
 
 def environment(devices: Sequence[str], seed: int) -> dict[str, Any]:
     """Where and by what a run is made. Versions come from the installed packages' metadata; nothing is

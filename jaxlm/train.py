@@ -95,9 +95,10 @@ def loss_and_metrics(
         batch["inputs"], batch.get("positions"), segments, train=train, key=key, expert_ids=routing
     )
     weight, bias = decoder.head()
-    tokens = chunked_token_loss(hidden, weight, bias, batch["targets"], batch["loss_mask"], entropy=details)
+    targets, mask, z_coef = batch["targets"], batch["loss_mask"], run.optim.z_loss_coef
+    tokens = chunked_token_loss(hidden, weight, bias, targets, mask, z_coef=z_coef, entropy=details)
     valid = jnp.ones(batch["inputs"].shape, bool) if segments is None else segments > 0
-    terms: Terms = total_loss(model, run.optim.z_loss_coef, tokens, acts, valid, counts)
+    terms: Terms = total_loss(model, tokens, acts, valid, counts)
     metrics = {
         "loss": terms.cross_entropy,
         "z": terms.z,
@@ -131,25 +132,31 @@ def make_gradient_fn(
     dtype, M = jnp.dtype(run.train.dtype), run.train.accumulation
 
     def micro(
-        params: Params, batch: Batch, counts: Counts, key: Array | None, scale: Array | None
+        copies: Params, batch: Batch, counts: Counts, key: Array | None, scale: Array | None
     ) -> tuple[Array, dict[str, Array]]:
-        total, metrics = loss_and_metrics(run, graphdef, cast_params(params, dtype), batch, counts, True, key)
+        total, metrics = loss_and_metrics(run, graphdef, copies, batch, counts, True, key)
         return total if scale is None else total * scale.astype(total.dtype), metrics
 
     def accumulated(
         params: Params, batch: Batch, counts: Counts, key: Array | None, scale: Array | None
     ) -> tuple[Params, dict[str, Array]]:
-        grad = jax.grad(micro, has_aux=True)
+        # Differentiated by the copies, which are made once a step; sums are kept in the masters' dtype.
+        copies = cast_params(params, dtype)
+
+        def part_of(rows: Batch, key: Array | None) -> tuple[Params, dict[str, Array]]:
+            grads, metrics = jax.grad(micro, has_aux=True)(copies, rows, counts, key, scale)
+            return {k: g.astype(params[k].dtype) for k, g in grads.items()}, metrics
+
         if M == 1:
-            return grad(params, batch, counts, key, scale)
+            return part_of(batch, key)
         parts = {k: jnp.moveaxis(v.reshape(-1, M, *v.shape[1:]), 1, 0) for k, v in batch.items()}
 
         def body(carry: Any, part: tuple[Batch, Array]) -> tuple[Any, None]:
             rows, m = part
             micro_key = None if key is None else jax.random.fold_in(key, m)
-            return jax.tree.map(jnp.add, carry, grad(params, rows, counts, micro_key, scale)), None
+            return jax.tree.map(jnp.add, carry, part_of(rows, micro_key)), None
 
-        first = jax.eval_shape(grad, params, {k: v[0] for k, v in parts.items()}, counts, key, scale)
+        first = jax.eval_shape(part_of, {k: v[0] for k, v in parts.items()}, key)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), first)
         return jax.lax.scan(body, zeros, (parts, jnp.arange(M)))[0]
 

@@ -18,7 +18,7 @@ from jaxlm.config import ConfigError, Dtype, RunConfig, from_dict, nearest, to_d
 
 AXES: dict[str, tuple[str, ...]] = {
     "attention": ("readable", "xla", "cudnn", "auto"),  # which of several equal implementations
-    "experts": ("loop", "blocks", "batched", "auto"),
+    "experts": ("loop", "blocks", "batched", "pallas", "auto"),
     "dtype": typing.get_args(Dtype),  # of the computation: train.dtype
     "quant": ("none", "int8", "int4", "nf4"),  # of the trained weights, for evaluation
     "optimizer": ("adamw", "adam"),  # as configured, or with weight decay off
@@ -46,7 +46,7 @@ class Variant(NamedTuple):
     label: str  # its values of the axes that vary: attention=xla dtype=bfloat16
     run: RunConfig
     attention: Literal["auto", "readable", "xla", "cudnn"]
-    experts: Literal["auto", "loop", "blocks", "batched"]
+    experts: Literal["auto", "loop", "blocks", "batched", "pallas"]
     quant: Literal["none", "int8", "int4", "nf4"]
 
     @property

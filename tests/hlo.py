@@ -52,6 +52,18 @@ def loop_bodies(text: str) -> list[str]:
     return re.findall(r"\bbody=%?([\w.-]+)", text)
 
 
+def kernels_in_loop(text: str) -> list[str]:
+    """What a round of the loop of known length launches on a GPU, as `operation name`; one such loop, of no inner ones.
+
+    Raises AssertionError where there is none: the length of a loop that is asked each round is not known.
+    """
+    known = re.findall(r" while\([^\n]*\bbody=%?([\w.-]+)[^\n]*known_trip_count", text)
+    assert len(known) == 1, f"{len(known)} loops of known length"
+    free = {"parameter", "get-tuple-element", "tuple", "constant", "bitcast"}
+    inside = [one for one in instructions(text) if one.computation == known[0]]
+    return [f"{one.operation} {one.name}" for one in inside if one.operation not in free]
+
+
 def whole_activations(text: str, rows: int, length: int, widths: Iterable[int]) -> list[str]:
     """Arrays that hold all of rows x length tokens at a full width: `operation name dtype[shape]`, sorted.
 
@@ -115,3 +127,93 @@ def whole_parameters(shapes: Mapping[str, Any], places: Mapping[str, Any], ways:
         if len(array.shape) > 1 and own * ways > math.prod(array.shape):
             found.append(f"{path} {list(array.shape)}")
     return found
+
+
+KERNEL = "__gpu$xla.gpu.triton"  # the target of a Pallas kernel's custom call
+_CODE = re.compile(r'\bir = "((?:[^"\\]|\\.)*)"')
+
+
+def kernel_flops(text: str) -> dict[str, float]:
+    """Operations of the products in a program's Pallas kernels, by kernel: what its grid and its code say.
+
+    Of a program compiled or lowered for CUDA. Every program of a grid counts, also one that would end early. Where a
+    loop's length is known on the device only, the programs along the grid's last axis share the rows of the operands.
+    """
+    from jax._src.interpreters import mlir
+    from jax._src.lib.triton import dialect
+
+    context, found = mlir.make_ir_context(), {}
+    dialect.register_dialect(context)
+    for line in text.splitlines():
+        if KERNEL not in line:
+            continue
+        code = re.sub(
+            rb"\\\\|\\([0-9A-F]{2})",
+            lambda byte: b"\\" if byte[1] is None else bytes([int(byte[1], 16)]),
+            _match(_CODE, line).encode("latin-1"),
+        )
+        line = _CODE.sub("", line)
+        x, y, z = (int(_match(re.compile(rf"\bgrid_{axis} = (\d+)"), line)) for axis in "xyz")
+        shapes = line.split("operand_layout_constraints=")[-1].split(", api_version")[0].split(" -> ")[0]
+        rows = max(int(rows) for rows in re.findall(r"(?:\[|tensor<)(\d+)[,x]\d+[]x]", shapes))
+        module = mlir.ir.Module.parse(code, context)
+        static, shared = _products(module.operation)
+        name = _match(re.compile(r'\bname = "(\w+)"'), line)
+        found[name] = found.get(name, 0.0) + x * y * (z * static + rows * shared)
+    return found
+
+
+def _match(pattern: re.Pattern[str], text: str) -> str:
+    match = pattern.search(text)
+    assert match, f"no {pattern.pattern} in {text[:200]}"
+    return match[1]
+
+
+def _products(operation: Any) -> tuple[float, float]:
+    """Operations of an instruction's products: of one run, and per row of those in a loop of unknown length."""
+    name = operation.name
+    if name == "tt.dot":
+        (m, k), n = (operation.operands[0].type.shape, operation.operands[1].type.shape[1])
+        return 2.0 * m * n * k, 0.0
+    inner = [_products(o.operation) for region in operation.regions for block in region for o in block]
+    static, shared = (sum(column) for column in zip(*inner, strict=True)) if inner else (0.0, 0.0)
+    if name != "scf.for" or not static:
+        return static, shared
+    bounds = [_constant(operand) for operand in list(operation.operands)[:3]]
+    if None not in bounds:
+        start, stop, step = bounds
+        return static * -(-(stop - start) // step), shared
+    depth = [_depth(o.operation) for region in operation.regions for block in region for o in block]
+    return 0.0, shared + static / max(depth)
+
+
+def _depth(operation: Any) -> int:
+    """What a product sums over at a time; 0 of another instruction."""
+    return operation.operands[0].type.shape[1] if operation.name == "tt.dot" else 0
+
+
+def _constant(value: Any) -> int | None:
+    """The integer that the code computes without reading anything, if it does."""
+    made = value.owner
+    name = getattr(made, "name", "")
+    if name == "arith.constant":
+        return made.attributes["value"].value
+    if name not in ("arith.addi", "arith.subi", "arith.muli"):
+        return None
+    a, b = (_constant(operand) for operand in made.operands)
+    if a is None or b is None:
+        return None
+    return {"arith.addi": a + b, "arith.subi": a - b, "arith.muli": a * b}[name]
+
+
+def dot_flops(text: str) -> float:
+    """Operations of the products in compiled HLO that are no Pallas kernels, XLA's own and cuBLAS's; in a loop once."""
+    shapes = {one.name: one.arrays[0][1] for one in instructions(text, fused=True) if one.arrays}
+    total = 0.0
+    for line in text.splitlines():
+        match = re.match(r"\s*(?:ROOT )?%?([\w.-]+) = .* (?:dot|custom-call)\(%?([\w.-]+)", line)
+        summed = re.search(r'lhs_contracting_dim\w+(?:=|":)[{\[]([\d,"]*)', line)
+        if match and summed and ("custom-call(" not in line or "__cublas" in line):
+            depth = [shapes[match[2]][int(d)] for d in summed[1].replace('"', "").split(",") if d]
+            total += 2.0 * math.prod(shapes[match[1]]) * math.prod(depth)
+    return total

@@ -50,6 +50,7 @@ FRAMEWORK_FREE = {
     "shapes",
     "run_dir",
     "cli",
+    "compilation",
     "json_file",
     "tensor_file",
     "checkpoint_files",
@@ -96,7 +97,7 @@ SHARED_WITH_TORCHREF = {
 FRAMEWORKS = {"jax", "jaxlib", "flax", "optax", "orbax", "torch", "transformers"}
 # A room imports from its own row or a row above it.
 ORDER = [
-    {"config", "shapes", "json_file", "disk", "compilation"},
+    {"config", "shapes", "json_file", "disk", "host_memory", "compilation"},
     {
         "policy",
         "presets",
@@ -115,11 +116,23 @@ ORDER = [
     },
     {"data", "text", "chat", "windows"},
     {"sharding", "distributed"},
+    {"matmul", "causal_attention"},
     {"layers"},
-    {"dispatch", "grouped_kernels", "grouped"},
+    {"dispatch", "grouped_kernels", "grouped_pallas", "grouped", "token_attention"},
     {"attention", "moe"},
     {"model"},
-    {"loss", "head_loss", "logits", "cached", "generate", "beam", "quant", "evaluate", "finetune.lora"},
+    {
+        "loss",
+        "head_loss",
+        "logits",
+        "cached",
+        "generate",
+        "beam",
+        "quant",
+        "decode_form",
+        "evaluate",
+        "finetune.lora",
+    },
     {
         "optim",
         "muon",
@@ -132,6 +145,7 @@ ORDER = [
         "reporter",
         "checkpoint",
         "checkpoint_files",
+        "compile_meter",
         "metrics",
         "perplexity",
         "plots",

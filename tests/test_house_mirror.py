@@ -36,6 +36,7 @@ EXCEPTIONS: dict[str, str] = {
     "layers.split_key": "jax's random keys are split by hand; a torch.Generator carries its own state",
     "attention.cudnn_attention": "cuDNN's kernel through jax; torch's counterpart is sdpa_attention",
     "attention.sdpa_attention": "torch's own fused kernel; jax's counterpart is cudnn_attention",
+    "generate.lower_greedy": "how jaxlm.plan compiles decoding for a device that is not there",
     "moe.Experts.weights": "jaxlm hands the stacked weights to a grouped product",
     "moe.Experts.local": "the part of the experts that one device of an expert-parallel mesh computes",
     "moe.Experts.expert": "the reference loops over the experts, one at a time",

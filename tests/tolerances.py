@@ -55,6 +55,7 @@ GATES: dict[str, Gate] = {
     "f64_score": Gate(
         1e-12, "float64 log-probabilities and perplexity, windows in batches against one token at a time"
     ),
+    "bf16_attention": Gate(2e-2, "bfloat16 gradients against float32, of the largest's norm: measured 3e-3"),
     "bf16_head": Gate(5e-3, "log-probabilities of bfloat16 logits, rounded to it or not: measured 6e-4"),
     "f32_hflm": Gate(
         2e-6, "float32 likelihoods against lm_eval's HFLM on the same weights: sums of some tens of tokens"
@@ -110,6 +111,9 @@ GATES: dict[str, Gate] = {
     "batch_10b": Gate(
         10.0,
         "time of a batch from 10 billion tokens over that from 10 million: measured 1.2; a scan costs 1,000",
+    ),
+    "f32_reordered": Gate(
+        5e-6, "float32 sums in another order: grouped experts, a fused head, compiled graphs: measured 7e-7"
     ),
     "sigmas": Gate(5.0, "largest deviation of a sampled mean in standard errors"),
 }

@@ -19,7 +19,7 @@ class Backends(NamedTuple):
     """Which of several equal implementations runs."""
 
     attention: Literal["auto", "readable", "explicit", "sdpa"] = "auto"
-    experts: Literal["auto", "loop"] = "auto"
+    experts: Literal["auto", "loop", "grouped"] = "auto"
 
 
 def upcast(x: Tensor) -> Tensor:

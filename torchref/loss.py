@@ -22,11 +22,12 @@ CHUNK_LOGITS = 2**26  # logits of one chunk: 256 MB in float32
 
 
 class TokenLoss(NamedTuple):
-    """Sums over tokens, weighted by the loss mask."""
+    """Sums over tokens, weighted by the loss mask. Only `loss` carries a gradient."""
 
+    loss: Float[Tensor, ""]  # cross_entropy + z_coef * z
     cross_entropy: Float[Tensor, ""]
     z: Float[Tensor, ""]
-    entropy: Float[Tensor, ""]  # of the softmax, in nats; no gradient; zero unless asked for
+    entropy: Float[Tensor, ""]  # of the softmax, in nats; zero unless asked for
 
 
 class Terms(NamedTuple):
@@ -53,6 +54,7 @@ def token_loss(
     bias: Float[Tensor, " V"] | None,
     targets: Int[Tensor, "B T"],
     mask: Float[Tensor, "B T"],
+    z_coef: float = 0.0,
     entropy: bool = False,
 ) -> TokenLoss:
     """Cross-entropy in nats, logsumexp^2 and, if asked, entropy, summed over tokens with weight `mask`; logits upcast.
@@ -65,9 +67,8 @@ def token_loss(
     target_logit = wide.gather(-1, targets.long()[..., None])[..., 0]
     mask = mask.to(wide.dtype)
     spread = _entropy(wide.detach(), log_z.detach()) if entropy else torch.zeros_like(mask)
-    return TokenLoss(
-        ((log_z - target_logit) * mask).sum(), (log_z.square() * mask).sum(), (spread * mask).sum()
-    )
+    cross_entropy, z = ((log_z - target_logit) * mask).sum(), (log_z.square() * mask).sum()
+    return TokenLoss(cross_entropy + z_coef * z, cross_entropy.detach(), z.detach(), (spread * mask).sum())
 
 
 def _entropy(logits: Float[Tensor, "B T V"], log_z: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
@@ -81,16 +82,17 @@ def chunked_token_loss(
     bias: Float[Tensor, " V"] | None,
     targets: Int[Tensor, "B T"],
     mask: Float[Tensor, "B T"],
-    chunk_logits: int = CHUNK_LOGITS,
+    z_coef: float = 0.0,
+    chunk_logits: int | None = None,
     entropy: bool = False,
 ) -> TokenLoss:
     """`token_loss` over chunks of T, logits recomputed in the backward pass; one chunk where all logits are small."""
     B, T, _ = hidden.shape
-    length = max(1, min(T, chunk_logits // (B * weight.shape[1])))
+    length = max(1, min(T, (chunk_logits or CHUNK_LOGITS) // (B * weight.shape[1])))
     if length == T:
-        return token_loss(hidden, weight, bias, targets, mask, entropy)
+        return token_loss(hidden, weight, bias, targets, mask, z_coef, entropy)
     parts = [
-        checkpoint(token_loss, x, weight, bias, y, m, entropy, use_reentrant=False)
+        checkpoint(token_loss, x, weight, bias, y, m, z_coef, entropy, use_reentrant=False)
         for x, y, m in zip(
             hidden.split(length, 1), targets.split(length, 1), mask.split(length, 1), strict=True
         )
@@ -100,7 +102,6 @@ def chunked_token_loss(
 
 def total_loss(
     config: ModelConfig,
-    z_loss_coef: float,
     tokens: TokenLoss,
     acts: dict[str, Tensor],
     valid: Bool[Tensor, "B T"],
@@ -109,7 +110,7 @@ def total_loss(
     """All terms of one micro-batch, such that their sums over the micro-batches are the batch's."""
     moe, layers = config.moe, [i for i in range(config.n_layers) if config.is_moe(i)]
     cross_entropy, z = tokens.cross_entropy / counts.loss_tokens, tokens.z / counts.loss_tokens
-    total = cross_entropy + z_loss_coef * z
+    total = tokens.loss / counts.loss_tokens
     balance = router_z = torch.zeros_like(total)
     if layers:
         logits = [acts[f"blocks.{i}.moe.router_logits"] for i in layers]

@@ -172,8 +172,15 @@ class Decoder(nn.Module):
         return cos[positions], sin[positions]
 
 
-@functools.lru_cache(maxsize=16)
+@torch.compiler.assume_constant_result  # numpy's part of it cannot be traced, nor need it be
 def _rope_tensors(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    return _made_rope_tensors(config, dtype, device)
+
+
+@functools.lru_cache(maxsize=16)
+def _made_rope_tensors(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """The shared table on a device, made once; never an inference tensor, since training may meet it later."""
     with torch.inference_mode(False):
         cos, sin = (torch.tensor(table, dtype=dtype, device=device) for table in rope_table(config))

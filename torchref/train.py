@@ -71,9 +71,10 @@ def loss_and_metrics(
     call = {"method": "hidden", "train": train, "key": key, "expert_ids": batch.get("expert_ids")}
     hidden, acts, _ = torch.func.functional_call(_Caller(decoder), _under(params), arguments, call)
     weight, bias = _head(decoder, params)
-    tokens = chunked_token_loss(hidden, weight, bias, batch["targets"], batch["loss_mask"], entropy=details)
+    targets, mask, z_coef = batch["targets"], batch["loss_mask"], run.optim.z_loss_coef
+    tokens = chunked_token_loss(hidden, weight, bias, targets, mask, z_coef=z_coef, entropy=details)
     valid = torch.ones_like(batch["inputs"], dtype=torch.bool) if segments is None else segments > 0
-    terms = total_loss(model, run.optim.z_loss_coef, tokens, acts, valid, counts)
+    terms = total_loss(model, tokens, acts, valid, counts)
     metrics = {
         "loss": terms.cross_entropy,
         "z": terms.z,

@@ -189,7 +189,11 @@ def try_fault(fault: Fault | Rewrite, options: Options | None = None) -> Outcome
     """Plants one fault (or rewrite) in this process, asks the ordinary suite, and puts everything back."""
     started = time.perf_counter()
     options = small_options() if options is None else options
-    with planted(fault.target, fault.change):
+    beside = fault.beside if isinstance(fault, Fault) else None
+    with contextlib.ExitStack() as stack:
+        for change in (fault, beside):
+            if change is not None:
+                stack.enter_context(planted(change.target, change.change))
         report = compare_decoders(fault.run(small_run()), options=options)
     first = report.divergence
     rung, operation = ("", "") if first is None else (first.rung, first.operation)

@@ -10,30 +10,35 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxlm import estimate, grouped, loss, moments8
+from jaxlm import causal_attention, estimate, grouped, head_loss, moments8
 from jaxlm.config import ConfigError, MeshConfig, OptimConfig, RunConfig
 from jaxlm.count import param_count
+from jaxlm.dispatch import sort_by_expert
 from jaxlm.hlo import COLLECTIVES
 from jaxlm.presets import PRESETS, preset
 from jaxlm.train import state_shapes
 
 # Peaks of whole training steps that jax 0.11.2's compiler found for H200s (docs/planning.md): preset, changes, GB.
 COMPILED: tuple[tuple[str, dict[str, Any], float], ...] = (
-    ("quickstart", {}, 0.351),
-    ("quickstart-dense", {}, 0.260),
-    ("smolgpt", {}, 5.088),
-    ("minigpt-124m", {}, 47.212),
-    ("llama-1.1b", {"accumulation": 1, "batch_size": 32}, 102.723),
-    ("llama-1.1b", {"accumulation": 1, "batch_size": 32, "n_layers": 4, "remat": "dots"}, 17.288),
-    ("llama-1.1b", {"accumulation": 1, "batch_size": 32, "n_layers": 4, "remat": "block"}, 10.039),
-    ("llama-1.1b", {"accumulation": 4, "batch_size": 64, "n_layers": 8}, 25.172),
-    ("gptoss", {"accumulation": 1, "n_layers": 4}, 25.173),
-    ("gptoss", {"accumulation": 1, "n_layers": 4, "remat": "dots"}, 24.654),
-    ("gptoss", {"accumulation": 1, "n_layers": 4, "remat": "block"}, 22.178),
-    ("gptoss", {"accumulation": 1}, 54.199),
-    ("gptoss", {"accumulation": 1, "mesh": "fsdp=2,expert=4"}, 11.974),
-    ("tfm-1.5", {}, 15.141),
-    ("astragpt-7b", {"accumulation": 1, "mesh": "fsdp=8"}, 38.601),
+    ("quickstart", {}, 0.313),
+    ("quickstart-dense", {}, 0.229),
+    ("smolgpt", {}, 6.061),
+    ("llama-1.1b", {"accumulation": 1, "batch_size": 32, "n_layers": 4}, 23.081),
+    ("llama-1.1b", {"accumulation": 1, "batch_size": 32, "n_layers": 4, "remat": "dots"}, 18.115),
+    ("llama-1.1b", {"accumulation": 1, "batch_size": 32, "n_layers": 4, "remat": "block"}, 10.17),
+    ("llama-1.1b", {"accumulation": 4, "batch_size": 64, "n_layers": 8}, 27.083),
+    ("gptoss", {"accumulation": 1, "n_layers": 4}, 29.457),
+    ("gptoss", {"accumulation": 1, "n_layers": 4, "remat": "dots"}, 28.326),
+    ("gptoss", {"accumulation": 1, "n_layers": 4, "remat": "block"}, 25.073),
+    ("gptoss", {"accumulation": 1, "n_layers": 4, "batch_size": 32, "packing": True}, 34.434),
+    ("tfm-1.5", {}, 15.914),
+    ("minigpt-124m", {}, 49.772),
+    ("gptoss", {"accumulation": 1, "mesh": "fsdp=2,expert=4"}, 12.87),
+    ("astragpt-7b", {"accumulation": 1, "mesh": "fsdp=8"}, 31.026),
+    ("gptoss", {"accumulation": 1}, 61.645),
+    ("gptoss", {"accumulation": 1, "batch_size": 32}, 75.37),
+    ("llama-1.1b", {"accumulation": 1, "batch_size": 32, "remat": "dots"}, 76.48),
+    ("llama-1.1b", {"accumulation": 1, "batch_size": 32}, 104.41),
 )
 
 
@@ -41,6 +46,7 @@ def run_of(name: str, **changes: Any) -> RunConfig:
     """A preset with another mesh, depth or training settings."""
     run = preset(name)
     mesh = MeshConfig.parse(changes.pop("mesh", ""))
+    packing = changes.pop("packing", False)
     depth = {"n_layers": changes.pop("n_layers", run.model.n_layers)}
     optim = {k: changes.pop(k) for k in ("optimizer", "moment_dtype") if k in changes}
     return dataclasses.replace(
@@ -49,6 +55,7 @@ def run_of(name: str, **changes: Any) -> RunConfig:
         optim=dataclasses.replace(run.optim, **optim),
         train=dataclasses.replace(run.train, **changes),
         mesh=mesh,
+        data=dataclasses.replace(run.data, packing=packing),
     )
 
 
@@ -90,19 +97,23 @@ def test_remat_orders_the_peak() -> None:
 
 
 def test_constants_are_those_of_the_code() -> None:
-    """The loss's chunk and the experts' tiles stand twice, because arithmetic loads no framework: they agree."""
-    assert estimate.CHUNK_LOGITS == loss.CHUNK_LOGITS and estimate._BLOCK8 == moments8.BLOCK
-    assert (max(grouped.GPU_TILES), grouped.GPU_CHUNK) == (estimate.GPU_TILE, estimate.GPU_CHUNK)
+    """Chunks of the loss and tiles of the experts stand twice, because arithmetic loads no framework: they agree."""
+    chunk = (estimate.CHUNK_TOKENS, estimate.CHUNK_BYTES, estimate.LANES)
+    assert chunk == (head_loss.GPU_TOKENS, head_loss.GPU_BYTES, head_loss.LANES)
+    tiles = (estimate.KERNEL_TILES, estimate.GPU_TILES, estimate.GPU_CHUNK)
+    assert tiles == (grouped.KERNEL_TILES, grouped.GPU_TILES, grouped.GPU_CHUNK)
+    assert estimate._BLOCK8 == moments8.BLOCK
+    for length in (64, 256, 1000, 4096):
+        made = sum((b.stop - b.start) * (b.last_key - b.first_key) for b in causal_attention.spans(length, 0))
+        assert estimate.causal_share(length) == pytest.approx(made / length**2)
 
 
 def test_slots_are_those_of_the_layout() -> None:
     """Rows of the experts' buffers, against the layout that `grouped` makes."""
     run = run_of("gptoss", accumulation=1, batch_size=1)
     ids = jax.ShapeDtypeStruct((run.train.seq_len, run.model.moe.n_active), jnp.int32)
-    layout = jax.eval_shape(lambda ids: grouped.sort_by_expert(ids, 32, 256, grouped.GPU_CHUNK), ids)
-    assert estimate.slots(run) == pytest.approx(
-        layout.filled.size, rel=0.25
-    )  # whole chunks of 16 tiles of 256
+    layout = jax.eval_shape(lambda ids: sort_by_expert(ids, 32, grouped.KERNEL_TILES[0]), ids)
+    assert estimate.slots(run) == pytest.approx(layout.filled.size, rel=0.02)
 
 
 def test_the_budget_by_hand() -> None:

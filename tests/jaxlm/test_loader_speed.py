@@ -1,6 +1,6 @@
 """What batches cost: the same for any number of tokens, and far less than a training step.
 
-make bench, or: pytest -m bench -s tests/jaxlm/test_loader_speed.py
+make bench-tests, or: pytest -m bench -s tests/jaxlm/test_loader_speed.py
 """
 
 import itertools

@@ -100,6 +100,13 @@ def weights(engine: JaxEngine) -> dict[str, bytes]:
     return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
 
 
+def test_what_the_first_step_found_is_said_once(tmp_path: Path, said: io.StringIO) -> None:
+    """After the first step of a run of eight, above the bar."""
+    asked: list[int] = []
+    result, _ = train(tmp_path, run_of(), on_first_step=lambda: f"compiled, {asked.append(1)}")
+    assert result.step == 8 and len(asked) == 1 and said.getvalue().count("compiled, None") == 1
+
+
 def test_a_nan_batch_is_skipped_counted_and_kept(tmp_path: Path, said: io.StringIO) -> None:
     """Weights stay finite, the log counts it, the file holds the batch itself with its step and reason."""
     result, engine = train(tmp_path, run_of(), bad=frozenset({2}))

@@ -63,8 +63,9 @@ def test_entropy_changes_neither_loss_nor_gradient(x64: None) -> None:
     call = head()
 
     def terms(weight: Any, entropy: bool) -> tuple[Any, Any]:
-        tokens = chunked_token_loss(**(call | {"weight": weight}), chunk_logits=3 * B * V, entropy=entropy)
-        return tokens.cross_entropy + 0.1 * tokens.z + tokens.entropy, tokens
+        given = call | {"weight": weight, "z_coef": 0.1, "entropy": entropy}
+        tokens = chunked_token_loss(**given, chunk_logits=3 * B * V)
+        return tokens.loss + tokens.entropy, tokens
 
     (_, plain), grad = jax.value_and_grad(terms, has_aux=True)(call["weight"], False)
     (_, told), same = jax.value_and_grad(terms, has_aux=True)(call["weight"], True)

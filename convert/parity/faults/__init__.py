@@ -4,7 +4,17 @@ Each fault patches one function or rule of jaxlm, torchref or convert, never the
 must find it is written by hand beside it; the suite knows none of this.
 """
 
-from convert.parity.faults import attention, conversion, equivalent, forward, routing, serving, training
+from convert.parity.faults import (
+    attention,
+    conversion,
+    equivalent,
+    expert_kernels,
+    forward,
+    head,
+    routing,
+    serving,
+    training,
+)
 from convert.parity.faults.fault import KINDS, Fault, Rewrite
 
 __all__ = ["ALL", "EQUIVALENT", "KINDS", "Fault", "Rewrite"]
@@ -13,8 +23,10 @@ ALL: tuple[Fault, ...] = (
     *conversion.FAULTS,
     *attention.FAULTS,
     *forward.FAULTS,
+    *head.FAULTS,
     *routing.FAULTS,
+    *expert_kernels.FAULTS,
     *training.FAULTS,
     *serving.FAULTS,
 )
-EQUIVALENT: tuple[Rewrite, ...] = equivalent.REWRITES
+EQUIVALENT: tuple[Rewrite, ...] = (*equivalent.REWRITES, expert_kernels.BY_KERNELS)

@@ -28,11 +28,11 @@ def _tiled_groups(original: Any) -> Any:
 def _merged_group_first(original: Any) -> Any:
     """The output's heads are laid side by side group by group, although queries came kv head by kv head."""
 
-    def attention(q, k, v, mask, bias, rate, key):
-        out, scores = original(q, k, v, mask, bias, rate, key)
+    def attention(q, k, v, mask, window):
+        out = original(q, k, v, mask, window)
         B, T, N, H = out.shape
         K = k.shape[2]
-        return out.reshape(B, T, K, N // K, H).swapaxes(2, 3).reshape(B, T, N, H), scores
+        return out.reshape(B, T, K, N // K, H).swapaxes(2, 3).reshape(B, T, N, H)
 
     return attention
 
@@ -106,11 +106,46 @@ def _strictly_causal(original: Any) -> Any:
 def _uniform_when_masked(original: Any) -> Any:
     """The smallest finite number instead of -inf: a row that may see nothing becomes the mean of all values."""
 
-    def masked_softmax(scores, mask):
+    def exponentials(scores, mask):
         scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
         return original(scores, jnp.ones_like(mask))
 
-    return masked_softmax
+    return exponentials
+
+
+def _sums_left_out(original: Any) -> Any:
+    """The gradient of the scores without what the softmax's sum takes from it."""
+    return lambda a, b: 0 * original(a, b)
+
+
+def _turned_twice(original: Any) -> Any:
+    """The heads' narrow factor of a key's or value's gradient is laid out token by token, not head dim by head dim."""
+
+    def product(a, b, form):
+        if form != "tn":
+            return original(a, b, form)
+        B, K, G, T, H = a.shape
+        shuffled = a.reshape(B, K, G, H, T).swapaxes(3, 4)
+        return original(shuffled, b, form)
+
+    return product
+
+
+def _last_row_left_out(original: Any) -> Any:
+    """A weight's gradient is summed over all tokens of a row but the last."""
+
+    def gradients(x, weight, dy):
+        return original(x, weight, dy)[0], original(x, weight, dy.at[..., -1, :].set(0))[1]
+
+    return gradients
+
+
+def _by_the_input(original: Any) -> Any:
+    """An activation's gradient is multiplied by the weight's last column once too often."""
+    return lambda x, weight, dy: (
+        original(x, weight, dy)[0] + dy[..., -1:] * weight[:, -1],
+        original(x, weight, dy)[1],
+    )
 
 
 FAULTS = (
@@ -125,7 +160,7 @@ FAULTS = (
     Fault(
         "heads merged group first",
         "layout",
-        "jaxlm.attention.fast_attention",
+        "jaxlm.attention.causal_attention",
         _merged_group_first,
         "activations",
         "attn.heads",
@@ -150,10 +185,10 @@ FAULTS = (
     Fault(
         "scores over head_dim, not its root",
         "scale",
-        "jaxlm.attention.fast_attention",
+        "jaxlm.attention.causal_attention",
         _scaled(lambda H: 1 / math.sqrt(H)),
         "activations",
-        "attn.scores",
+        "attn.heads",
     ),
     Fault(
         "scores not scaled in the fused kernel",
@@ -166,10 +201,10 @@ FAULTS = (
     Fault(
         "scale rounded to bfloat16",
         "scale",
-        "jaxlm.attention.fast_attention",
+        "jaxlm.attention.causal_attention",
         _scaled(lambda H: float(ml_dtypes.bfloat16(1 / math.sqrt(H))) * math.sqrt(H)),
         "activations",
-        "attn.scores",
+        "attn.heads",
     ),
     Fault(
         "initial spread not shrunk with depth",
@@ -222,9 +257,41 @@ FAULTS = (
     Fault(
         "a row that may see nothing is the mean of all values",
         "masks",
-        "jaxlm.attention.masked_softmax",
+        "jaxlm.causal_attention._exponentials",
         _uniform_when_masked,
         "activations",
         "attn.heads",
+    ),
+    Fault(
+        "softmax's sum not in the gradient",
+        "scale",
+        "jaxlm.causal_attention._row_products",
+        _sums_left_out,
+        "gradients",
+        "attn.q_norm.weight",
+    ),
+    Fault(
+        "keys' and values' gradients turned twice",
+        "layout",
+        "jaxlm.causal_attention._product",
+        _turned_twice,
+        "gradients",
+        "attn.v_proj.bias",
+    ),
+    Fault(
+        "last token not in a weight's gradient",
+        "masks",
+        "jaxlm.matmul._gradients_on_cpu",
+        _last_row_left_out,
+        "gradients",
+        "mlp.down_proj.weight",
+    ),
+    Fault(
+        "last output counted twice in an activation's gradient",
+        "scale",
+        "jaxlm.matmul._gradients_on_cpu",
+        _by_the_input,
+        "gradients",
+        "mlp.up_proj.weight",
     ),
 )

@@ -131,7 +131,7 @@ def _sum_then_slice(out: Any) -> Any:
 def _in_chunks(original: Any) -> Any:
     """Logits of three positions at a time."""
     return lambda hidden, weight, bias, targets, mask, **options: original(
-        hidden, weight, bias, targets, mask, 3 * hidden.shape[0] * weight.shape[1], **options
+        hidden, weight, bias, targets, mask, chunk_logits=3 * hidden.shape[0] * weight.shape[1], **options
     )
 
 

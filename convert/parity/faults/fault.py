@@ -49,3 +49,4 @@ class Fault:
     rung: str  # of the report's first divergence
     operation: str  # of the report's first divergence
     run: Callable[[RunConfig], RunConfig] = unchanged  # as in Rewrite
+    beside: Rewrite | None = None  # planted with it: what computes in the way that has the fault

@@ -50,5 +50,5 @@ def resolve(target: str) -> tuple[Any, str]:
 def _forget() -> None:
     """Empties the caches of the three packages that would answer with what was there before."""
     compiled = (module._compiled for module in (jaxlm.cached, jaxlm.beam, jaxlm.generate))
-    for cached in (*compiled, jaxlm.rope_table._table, torchref.model._rope_tensors):
+    for cached in (*compiled, jaxlm.rope_table._table, torchref.model._made_rope_tensors):
         cached.cache_clear()

@@ -110,6 +110,22 @@ def _new_keys_not_turned(original: Any) -> Any:
     return lambda x, cos, sin: x if x.shape[1:3] == (1, KV_HEADS) else original(x, cos, sin)
 
 
+def _one_token_sees_all(original: Any) -> Any:
+    """A single new token sees every slot of the cache, written or not, and padding."""
+    return lambda q, k, v, mask, bias: original(q, k, v, jnp.ones_like(mask), bias)
+
+
+def _one_token_by_groups(original: Any) -> Any:
+    """A single token's query heads are dealt out to the kv heads one by one, although neighbours share one."""
+
+    def token_attention(q, k, v, mask, bias):
+        rows, _, heads, width = q.shape
+        dealt = q.reshape(rows, 1, heads // KV_HEADS, KV_HEADS, width).swapaxes(2, 3).reshape(q.shape)
+        return original(dealt, k, v, mask, bias)
+
+    return token_attention
+
+
 def _cache_in_float32(original: Any) -> Any:
     return lambda config, batch, slots, dtype: original(config, batch, slots, jnp.float32)
 
@@ -268,6 +284,22 @@ _TABLE = (
         "jax.step",
     ),
     ("left padding is seen", "cache", "jaxlm.cached._pad", _padding_is_text, "decoding", "jax.prefill"),
+    (
+        "one token's attention sees empty slots",
+        "cache",
+        "jaxlm.attention.token_attention",
+        _one_token_sees_all,
+        "decoding",
+        "jax.step",
+    ),
+    (
+        "one token's query heads dealt round",
+        "layout",
+        "jaxlm.attention.token_attention",
+        _one_token_by_groups,
+        "decoding",
+        "jax.step",
+    ),
     (
         "segment of new tokens not noted",
         "cache",

@@ -1,0 +1,18 @@
+"""The losses of the first steps in both frameworks, from the same weights on the same batch."""
+
+from convert.bench import train
+from convert.bench.cases import Case
+from convert.bench.side import Side
+
+
+def make(case: Case, name: str) -> Side:
+    """A side whose trace is its losses; nothing is timed."""
+    side = train.make(case, name, case.options["steps"])
+    done: list[list[float]] = []
+
+    def run(n: int) -> None:
+        """The first call alone trains."""
+        if not done:
+            done.append(side.trace())
+
+    return Side(run, lambda: done[0], value=0.0)

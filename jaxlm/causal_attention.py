@@ -45,7 +45,6 @@ def spans(length: int, window: int) -> tuple[Span, ...]:
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def causal_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
@@ -55,8 +54,17 @@ def causal_attention(
 ) -> Float[Array, "B T N H"]:
     """Attention under a mask that lets no query see a later key, nor one `window` or more before it (0 = any).
 
-    Softmax upcast; a query that may see no key gives zeros.
+    Softmax upcast; a query that may see no key gives zeros. float16 is computed in float32: gradients divided by the
+    sums, and those of the scores, are smaller than it can say.
     """
+    if q.dtype != jnp.float16:
+        return _by_blocks(q, k, v, mask, window)
+    wide = (x.astype(jnp.float32) for x in (q, k, v))
+    return _by_blocks(*wide, mask, window).astype(q.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _by_blocks(q: Array, k: Array, v: Array, mask: Array, window: int) -> Array:
     return _forward(q, k, v, mask, window)[0]
 
 
@@ -87,7 +95,10 @@ def _backward(window: int, saved: Any, dout: Array) -> tuple[Array, Array, Array
         rows, columns = slice(span.start, span.stop), slice(span.first_key, span.last_key)
         dout_rows = (douts[:, :, :, rows] / total).astype(v.dtype)
         dweights = _product(dout_rows, values[:, :, 0, columns], "nt")
-        dscores = (weights * (dweights - shift[:, :, :, rows] / total) * _scale(q)).astype(dtype)
+        inner = shift[:, :, :, rows]
+        if dtype.itemsize == 2:  # the output is rounded: with its sums, those of dS would not be zero
+            inner = jnp.sum(weights.astype(wide) * dweights, axis=-1, keepdims=True)
+        dscores = (weights * (dweights - inner / total) * _scale(q)).astype(dtype)
         dq.append(_product(dscores, keys[:, :, 0, columns], "nn").astype(dtype))
         outside = ((0, 0), (0, 0), (0, 0), (span.first_key, q.shape[1] - span.last_key))
         dk += jnp.pad(_product(queries[:, :, :, rows], dscores, "tn"), outside)
@@ -96,7 +107,7 @@ def _backward(window: int, saved: Any, dout: Array) -> tuple[Array, Array, Array
     return _by_token(jnp.concatenate(dq, axis=3)), dk, dv, None
 
 
-causal_attention.defvjp(_forward, _backward)
+_by_blocks.defvjp(_forward, _backward)
 
 
 def _exponentials(

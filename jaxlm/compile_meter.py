@@ -36,10 +36,10 @@ class CompileMeter:
         where = f"kept in {folder}" if folder else "nothing is kept for the next start"
         return f"compiled {self.programs} programs in {self.seconds:.1f} s, {self.kept} of them from before; {where}"
 
-    def _on_duration(self, name: str, seconds: float, **_: Any) -> None:
-        if name == COMPILED:
-            self.seconds += seconds
+    def _on_duration(self, event: str, duration_secs: float, **kwargs: Any) -> None:
+        if event == COMPILED:
+            self.seconds += duration_secs
             self.programs += 1
 
-    def _on_event(self, name: str, **_: Any) -> None:
-        self.kept += name == KEPT
+    def _on_event(self, event: str, **kwargs: Any) -> None:
+        self.kept += event == KEPT

@@ -202,10 +202,12 @@ def lower_greedy(graphdef: Any, shapes: dict[str, Any], cache: Any, place: Any) 
     shapes: of the parameters, by path; cache: of a KVCache, its arrays to be given up. place: a sharding of all.
     """
     batch = cache.segment.shape[0]
-    row, flag = jax.ShapeDtypeStruct((batch,), jnp.int32), jax.ShapeDtypeStruct((batch,), bool)
-    one = jax.ShapeDtypeStruct((), jnp.int32)
+    row: Any = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    flag: Any = jax.ShapeDtypeStruct((batch,), bool)
+    one: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    stop: Any = jax.ShapeDtypeStruct((1,), jnp.int32)
     loop = _Loop(row, flag, History(None, None, None, None), cache, row)
-    draws = _Draws(Sampling(greedy=True).numbers, one, row, None, jax.ShapeDtypeStruct((1,), jnp.int32))
+    draws = _Draws(Sampling(greedy=True).numbers, one, row, None, stop)
     placed = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), (shapes, loop, draws, one, one)
     )

@@ -120,6 +120,8 @@ def _check(
         raise ValueError(
             f"tiles={tiles} must be descending, each a multiple of the next; one for pallas and batched"
         )
+    if tiles is not None and backend == "pallas" and tiles[0] & (tiles[0] - 1):
+        raise ValueError(f"tiles={tiles}: for pallas a power of two, as its blocks are")
 
 
 def _vary_alike(arrays: Any) -> Any:

@@ -54,5 +54,6 @@ def _gradients_on_cpu(x: Array, weight: Array, dy: Array) -> tuple[Array, Array]
 def _turned(x: Float[Array, "*B I"]) -> Float[Array, "I M"]:
     """[I, M] with the rows of x as columns, which lie row by row; barred from being merged into the product."""
     inner = x.shape[-1]
-    turned = jnp.moveaxis(x.reshape(-1, x.shape[-2] if x.ndim > 1 else 1, inner), -1, 0)
-    return jax.lax.optimization_barrier(turned).reshape(inner, -1)
+    rows = x.shape[-2] if x.ndim > 1 else 1
+    turned = jnp.moveaxis(x.reshape(math.prod(x.shape[:-2]), rows, inner), -1, 0)
+    return jax.lax.optimization_barrier(turned).reshape(inner, math.prod(x.shape[:-1]))

@@ -8,13 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, quick_jit, relative_error
+from flax import nnx
+from helpers import assert_close, quick_jit, relative_error, tiny
 from tolerances import tolerance
 
+import jaxlm.attention
 import jaxlm.causal_attention
-from jaxlm.attention import Visibility, allowed, fast_attention
+from jaxlm.attention import Visibility, allowed, fast_attention, init_cache
 from jaxlm.causal_attention import causal_attention, spans
 from jaxlm.matmul import matmul
+from jaxlm.model import Decoder
 
 
 def drawn(shape: tuple[int, ...], seed: int, dtype: Any = np.float64) -> Any:
@@ -93,6 +96,50 @@ def test_half_precision_runs_whatever_the_shape(shape: tuple[int, int, int, int,
     scale = max(float(jnp.linalg.norm(b)) for b in wide)
     for a, b in zip(found, wide, strict=True):
         assert float(jnp.linalg.norm(a.astype(jnp.float32) - b)) <= tolerance("bf16_attention") * scale
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("bfloat16", 1.0), ("float16", 1.0), ("float16", 1e-3)])
+def test_half_precision_attention_is_as_close_to_float64_as_the_plain_form(
+    dtype: str, size: float, x64: None
+) -> None:
+    """Output and gradients, nearly uniform weights over 600 keys; small gradients too, as float16 has them."""
+    B, T, N, H = 1, 600, 2, 8
+    half = [(drawn((B, T, N, H), i) * scale).astype(dtype) for i, scale in enumerate((2, 2, 1))]
+    out_bar, mask = (drawn((B, T, N, H), 5) * size).astype(dtype), mask_of(B, T, 0, packed=False)
+
+    def made(form: Any, dtype: str) -> list[Any]:
+        def run(*given: Any) -> Any:
+            out, back = jax.vjp(form, *(x.astype(dtype) for x in given[:3]))
+            return [x.astype(jnp.float64) for x in (out, *back(given[3].astype(dtype)))]
+
+        return quick_jit(run)(*half, out_bar)
+
+    def plain(q: Any, k: Any, v: Any) -> Any:
+        return fast_attention(q, k, v, mask, None, 0.0, None)[0]
+
+    want = made(plain, "float64")
+    ours, theirs = (
+        [float(relative_error(a, b)) for a, b in zip(made(form, dtype), want, strict=True)]
+        for form in (lambda q, k, v: causal_attention(q, k, v, mask, 0), plain)
+    )
+    assert all(a <= tolerance("half_attention") * b for a, b in zip(ours, theirs, strict=True)), (
+        ours,
+        theirs,
+    )
+
+
+def test_a_layer_takes_the_forms_that_know_its_window_and_single_tokens(monkeypatch: Any) -> None:
+    """Without, results are right and slow: a window costs all keys, a step of decoding turns the cache."""
+    module, seen = jaxlm.attention, []
+    whole, single = module.causal_attention, module.token_attention
+    monkeypatch.setattr(module, "causal_attention", lambda *a: (seen.append(a[4]), whole(*a))[1])
+    monkeypatch.setattr(module, "token_attention", lambda *a: (seen.append("token"), single(*a))[1])
+    config = tiny(windows=(0, 5))
+    model = Decoder(config, rngs=nnx.Rngs(params=0))
+    ids = jnp.zeros((1, 9), jnp.int32)
+    jax.eval_shape(lambda ids: model.hidden(ids)[0], ids)
+    jax.eval_shape(lambda ids: model.hidden(ids, cache=init_cache(config, 1, 9, jnp.float32))[0], ids[:, :1])
+    assert seen == [0, 5, "token", "token"]
 
 
 def test_gradients_of_a_product_turn_the_narrow_factor_only() -> None:

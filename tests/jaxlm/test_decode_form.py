@@ -84,6 +84,12 @@ def test_a_quantised_product_of_one_row_is_the_product(x64: None) -> None:
     assert relative_error(quant._one_row(x, weight), quant._rows(x, weight)) <= tolerance("f64")
 
 
+def test_a_quantised_product_of_one_row_is_summed_in_float32() -> None:
+    """Of 4,096 bfloat16 entries, whose running sum in bfloat16 would be wrong in its second digit."""
+    x, weight = jnp.ones((1, 4096), jnp.bfloat16), jnp.ones((1, 4096), jnp.bfloat16)
+    np.testing.assert_array_equal(quant._one_row(x, weight), [[4096]])
+
+
 @pytest.mark.parametrize("biased", [False, True])
 def test_attention_of_one_token_is_attention(biased: bool, x64: None) -> None:
     """Output and scores in float64 against the general form: rows that see some keys, all keys, and none."""

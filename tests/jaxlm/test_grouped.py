@@ -247,6 +247,7 @@ def test_experts_split_over_devices_sum_to_the_whole(backend):
         ({"activation": "gelu_erf"}, "up is 8 wide, which does not suit F=4 of down"),
         ({"x": jnp.zeros((21, 6), jnp.bfloat16)}, "expert weights are float32 but x is bfloat16"),
         ({"tiles": (8, 3)}, r"tiles=\(8, 3\) must be descending"),
+        ({"tiles": (48,), "backend": "pallas"}, r"tiles=\(48,\): for pallas a power of two"),
         ({"tiles": (8, 4), "backend": "batched"}, "one for pallas and batched"),
         ({"tiles": (8, 4), "backend": "pallas"}, "one for pallas and batched"),
     ],

@@ -88,6 +88,10 @@ def test_the_peak_scales_to_less_than_its_limit(step: str) -> None:
     assert whole < STEPS[step][2], f"{two:.2f} and {four:.2f} GB make {whole:.1f} GB of {depth} layers"
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 11),
+    reason="the estimate is of what jax 0.11 compiles; 0.10 differs by a quarter",
+)
 @steps
 def test_the_estimate_knows_the_peak(step: str) -> None:
     """Within 15 % for two layers, and by it the whole model is under its limit, on one device and on four."""

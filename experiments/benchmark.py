@@ -3,15 +3,17 @@
     python -m experiments.benchmark --suite cpu                          # what `make bench` runs: twenty minutes
     python -m experiments.benchmark --suite cpu --only 'train/dense/*'   # a part of it
     python -m experiments.benchmark --suite h200 --out runs/h200         # nine minutes on a GPU
+    python -m experiments.benchmark --suite sweep                        # on a GPU: settings of the fast paths
     python -m experiments.benchmark --suite h200 --list                  # names of the cases
 
-Before anything is timed, both sides must have computed the same. OUT gets results.json, results.md, results.png and
-the workers' logs; compiled programs are kept for the next run. Needs jax, flax, numpy, torch, rich and matplotlib.
-Exit code 1 when sides computed different things or one of ours failed, 2 on bad input.
+Before anything is timed, both sides must have computed the same. OUT gets results.json, results.md, results.png,
+losses.png and the workers' logs; compiled programs are kept for the next run. Needs jax, flax, numpy, torch, rich and
+matplotlib. Exit code 1 when sides computed different things, one of ours failed or a case hung, 2 on bad input.
 """
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -41,19 +43,20 @@ def main(argv: list[str]) -> int:
     if options.repeats < 1:
         raise ConfigError(f"--repeats {options.repeats} must be at least 1")
     need("torch")
-    gpu = options.suite == "h200" and has_cuda()
-    if options.suite == "h200" and not gpu and not options.shrink:
+    gpu = options.suite != "cpu" and has_cuda()
+    if options.suite != "cpu" and not gpu and not options.shrink:
         raise ConfigError(
             "jax sees no CUDA device here; --suite cpu needs none, --shrink tries the cases out anywhere"
         )
     if options.out.exists() and not options.out.is_dir():
         raise ConfigError(f"--out {options.out} is a file; name a directory")
     options.out.mkdir(parents=True, exist_ok=True)
-    rows = _measure(cases, options, gpu)
+    _clear(options.out)
+    rows, figures = _measure(cases, options, gpu)
     bad = failed(rows)
     for line in bad:
         say(f"failed: {line}")
-    say(f"results.json, results.md, results.png in {options.out}")
+    say(f"{', '.join(['results.json', 'results.md', *figures])} in {options.out}")
     return 1 if bad else 0
 
 
@@ -83,8 +86,18 @@ def has_cuda() -> bool:
     return subprocess.run([sys.executable, "-c", probe], capture_output=True, env=environment).returncode == 0
 
 
-def _measure(cases: list[Case], options: argparse.Namespace, gpu: bool) -> list[dict[str, Any]]:
-    """Runs the cases with a line of progress; results are on the disk after every process."""
+def _clear(out: Path) -> None:
+    """Removes figures and logs of an earlier run, which would pass for this one's."""
+    stale = [out / name for name in ("results.png", "losses.png")]
+    stale += [path for path in (out / "log").glob("[0-9]*") if path.suffix in (".jsonl", ".txt")]
+    for path in stale:
+        path.unlink(missing_ok=True)
+
+
+def _measure(
+    cases: list[Case], options: argparse.Namespace, gpu: bool
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows, and names of the figures. Runs the cases with a line of progress; results are on the disk as they come."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -107,19 +120,20 @@ def _measure(cases: list[Case], options: argparse.Namespace, gpu: bool) -> list[
             cases, options.suite, options.shrink, options.repeats, options.out, told, done, gpu
         )
     write_results(rows, machine, options.out, title)
-    _draw(options.out)
-    return rows
+    return rows, _draw(options.out)
 
 
-def _draw(out: Path) -> None:
+def _draw(out: Path) -> list[str]:
     from jaxlm.plots import PlotError
     from jaxlm.plots_benchmark import plot_benchmark
 
     try:
-        plot_benchmark(out)
+        return [path.name for path in plot_benchmark(out)]
     except PlotError as error:
         say(str(error))
+        return []
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the worker, too
     main_guard(main)

@@ -88,9 +88,11 @@ class _Windows(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return (len(self.tokens) - 1) // self.length
 
-    def __getitem__(self, index: int) -> torch.Tensor:
-        window = self.tokens[index * self.length : (index + 1) * self.length + 1]
-        return torch.from_numpy(window.astype(np.int32))
+    def __getitems__(self, indices: list[int]) -> torch.Tensor:
+        T = self.length
+        return torch.from_numpy(
+            np.stack([self.tokens[i * T : (i + 1) * T + 1] for i in indices]).astype(np.int32)
+        )
 
 
 def _their_batches(case: Case) -> Side:
@@ -100,7 +102,7 @@ def _their_batches(case: Case) -> Side:
         generator = torch.Generator().manual_seed(0)
         while True:
             for rows in torch.utils.data.DataLoader(
-                windows, o["rows"], shuffle, generator=generator, drop_last=True
+                windows, o["rows"], shuffle, generator=generator, drop_last=True, collate_fn=lambda rows: rows
             ):
                 yield rows[:, :-1], rows[:, 1:]
 

@@ -1,6 +1,7 @@
 """The machine under the benchmark: what it is, how fast products and memory are at best, what a side holds."""
 
 import ctypes
+import gc
 import importlib.metadata
 import platform
 import time
@@ -13,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.metrics import peak_flops
+from jaxlm.plan import TARGETS
 
-BANDWIDTH = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.039e12}  # bytes per second, NVIDIA's data sheets
 DTYPES = ("float32", "bfloat16")
 CPU_SIZES = (1024, 2048)  # of the square products that stand for a CPU's peak
 CPU_COPY = 1 << 28  # bytes
@@ -38,7 +39,7 @@ def describe(small: bool = False) -> dict[str, Any]:
         half = peak_flops(device.device_kind, "bfloat16")
         told |= {
             "peak_flops": {"bfloat16": half},
-            "bandwidth": next((v for k, v in BANDWIDTH.items() if k in device.device_kind), None),
+            "bandwidth": _bandwidth(device.device_kind),
             "peak_source": "data sheet",
         }
         return told
@@ -49,6 +50,13 @@ def describe(small: bool = False) -> dict[str, Any]:
         "bandwidth": _copy_rate(CPU_COPY >> 8 if small else CPU_COPY),
         "peak_source": f"measured: the faster framework's square product of {' or '.join(map(str, sizes))}, a copy",
     }
+
+
+def _bandwidth(kind: str) -> float | None:
+    """Bytes per second by the data sheet of a GPU whose name holds that of a target, None of another."""
+    names = {name: target.bandwidth for name, target in TARGETS.items() if name.split("-")[0] in kind.lower()}
+    exact = [name for name in names if "-" in name and f"{name.split('-')[1]}gb" in kind.lower()]
+    return names[exact[0]] if exact else next(iter(names.values()), None)
 
 
 def device_name() -> str:
@@ -107,18 +115,23 @@ class PeakMemory:
     """Bytes that a side brings with it at its height; None where the system does not tell.
 
     On a CPU the growth of the process's resident set since `PeakMemory()` was made, at its peak since `restart`; on a
-    GPU what the framework of the side has allocated there at most.
+    GPU what the framework of the side has allocated there at most; jax's peak there is the process's, and None is told
+    of a case that did not raise it.
     """
 
     def __init__(self, framework: str) -> None:
         self.framework, self.gpu = framework, jax.devices()[0].platform == "gpu"
-        self.before = 0 if self.gpu else _status("VmRSS")
+        gc.collect()
+        if not self.gpu:
+            _give_back()  # what a side before this one left in the heap is not this one's to reuse
+        self.before = self._jax_peak() if self.gpu else _status("VmRSS")
 
     def restart(self) -> None:
         """Begins anew, after the first run, whose compilation is not to count."""
         if not self.gpu:
             try:
-                ctypes.CDLL("libc.so.6").malloc_trim(0)  # what the compiler freed goes back to the system
+                gc.collect()
+                _give_back()  # what the compiler freed
                 Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
             except OSError:
                 self.before = None
@@ -136,7 +149,19 @@ class PeakMemory:
             import torch
 
             return torch.cuda.max_memory_allocated()
+        peak = self._jax_peak()
+        return peak if peak is not None and peak > (self.before or 0) else None
+
+    def _jax_peak(self) -> int | None:
         return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def _give_back() -> None:
+    """Freed memory goes back to the system, where the C library can do that."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        return
 
 
 def _status(key: str) -> int | None:

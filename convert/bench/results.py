@@ -9,18 +9,19 @@ from typing import Any
 
 from convert.bench.timing import Spread
 from jaxlm.disk import replace_text
+from jaxlm.plots_benchmark import LESS_IS_BETTER
 
 OURS = "jaxlm"
 THEIRS = "torchref"  # sides of PyTorch are called torchref:HOW
+Trace = Sequence[float] | Mapping[str, Sequence[float]]  # what was computed, in one part or in parts by name
 UNITS = ("tokens/s", "GB/s", "TFLOP/s", "ms", "rel")
-LESS_IS_BETTER = ("ms", "rel")
 
 
 @dataclass(frozen=True)
 class Measured:
     """One side of a case."""
 
-    trace: list[float]  # what it computed, in a few numbers, to be compared with the other sides
+    trace: Trace  # what it computed, in a few numbers, to be compared with the other sides
     times: Spread | None  # None where the case measures something else: its value is `value`
     value: float | None = None
     compile_seconds: float | None = None  # until the end of the first run
@@ -55,8 +56,27 @@ class Facts:
         return self.work / seconds / {"GB/s": 1e9, "TFLOP/s": 1e12}.get(self.unit, 1.0)
 
 
-def difference(one: Sequence[float], other: Sequence[float]) -> float:
-    """The largest difference of two traces, relative to the largest number; infinite where they cannot be compared."""
+def difference(one: Trace, other: Trace) -> float:
+    """The largest difference of two traces, relative to the largest number of its part; infinite where they cannot be
+    compared.
+    """
+    a, b = _parts(one), _parts(other)
+    if a.keys() != b.keys():
+        return math.inf
+    return max((_apart(a[part], b[part]) for part in a), default=0.0)
+
+
+def furthest(one: Trace, other: Trace) -> str:
+    """The part that differs most, where there are several."""
+    a, b = _parts(one), _parts(other)
+    return max(a, key=lambda part: _apart(a[part], b.get(part, ())), default="")
+
+
+def _parts(trace: Trace) -> Mapping[str, Sequence[float]]:
+    return trace if isinstance(trace, Mapping) else {"": trace}
+
+
+def _apart(one: Sequence[float], other: Sequence[float]) -> float:
     if len(one) != len(other) or not all(map(math.isfinite, (*one, *other))):
         return math.inf
     scale = max((abs(x) for x in (*one, *other)), default=0.0) or 1.0
@@ -68,7 +88,12 @@ def mismatch(facts: Facts, sides: Mapping[str, Measured]) -> str:
     if OURS not in sides:
         return ""
     found = {name: difference(sides[OURS].trace, side.trace) for name, side in sides.items()}
-    wrong = [f"{name} by {d:.2g}" for name, d in found.items() if not d <= facts.tolerance]
+    wrong = [
+        f"{name} by {d:.2g}"
+        + (f" in {part}" if (part := furthest(sides[OURS].trace, sides[name].trace)) else "")
+        for name, d in found.items()
+        if not d <= facts.tolerance
+    ]
     limit = f"(limit {facts.tolerance:.2g})"
     return f"not the same work: jaxlm's differs from {', '.join(wrong)} {limit}" if wrong else ""
 
@@ -84,7 +109,6 @@ def make_row(
     sides: Mapping[str, Measured],
     machine: Mapping[str, Any],
     problem: str = "",
-    checked: str = "",
 ) -> dict[str, Any]:
     """One object of results.json. Without a problem, sides that computed different things make one.
 
@@ -103,6 +127,8 @@ def make_row(
     better = min if facts.unit in LESS_IS_BETTER else max
     best = better(known, key=lambda name: known[name]) if known else None
     mine, hers = values.get(OURS), known[best] if best else None
+    if facts.unit == "rel" and differences:  # of curves: how far they are apart, whoever is right
+        mine, hers, best = max(differences.values()), None, None
     if problem:
         mine = hers = best = None
     seconds = floor_seconds(facts, machine)
@@ -119,7 +145,6 @@ def make_row(
         "about": facts.about,
         "tolerance": facts.tolerance,
         "differences": {name: d if math.isfinite(d) else None for name, d in differences.items()},
-        "checked": checked,
     }
     if facts.flops and facts.unit != "rel":
         row["mfu"] = _mfu(facts, mine, machine)
@@ -149,7 +174,8 @@ def _mfu(facts: Facts, mine: float | None, machine: Mapping[str, Any]) -> float 
 def _told(facts: Facts, side: Measured) -> dict[str, Any]:
     told = asdict(side)
     times = told.pop("times")
-    told["trace"] = [x if math.isfinite(x) else None for x in side.trace]
+    finite = {k: [x if math.isfinite(x) else None for x in v] for k, v in _parts(side.trace).items()}
+    told["trace"] = finite if isinstance(side.trace, Mapping) else finite[""]
     told["value"] = _value(facts, side)
     told["seconds"] = None if times is None else times._asdict()
     return told

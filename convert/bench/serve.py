@@ -1,6 +1,7 @@
 """Reading prompts and decoding, as a user of jaxlm would, beside PyTorch.
 
 Sides of PyTorch: `compile` is a static cache with one compiled graph per token (CUDA graphs where there is CUDA),
+the experts of a prompt as grouped products in bfloat16,
 `eager` torchref's own decoding.
 """
 
@@ -18,6 +19,7 @@ from jaxlm.decode_form import for_decoding
 from jaxlm.generate import decode
 from jaxlm.model import Params, Split, abstract_model, init_params
 from jaxlm.sampling import Sampling
+from jaxlm.train import cast_params
 from torchref import cached as torch_cached
 from torchref.generate import decode as torch_decode
 
@@ -28,7 +30,7 @@ def make(case: Case, name: str) -> Side:
     """A side of a prefill or decode case."""
     assert case.run is not None
     config, dtype = case.run.model, jnp.dtype(case.dtype)
-    params = jax.jit(lambda: {k: v.astype(dtype) for k, v in init_params(config, 0).items()})()
+    params = jax.jit(lambda: cast_params(init_params(config, 0), dtype))()  # as loading does
     if name == OURS:
         model = Split(abstract_model(config).graphdef, params)
         return _ours(case, model if jax.default_backend() == "cpu" else for_decoding(model))
@@ -64,7 +66,8 @@ def _ours(case: Case, model: Split) -> Side:
 def _static(case: Case, params: Params) -> Side:
     o, prompts = case.options, _prompts(case)
     assert case.run is not None
-    model = torch_parts.twin(case.run.model, params)
+    experts = "grouped" if case.run.model.moe.n_experts and case.dtype == "bfloat16" else "loop"
+    model = torch_parts.twin(case.run.model, params, experts)
     ids = torch.from_numpy(prompts).to(torch_parts.device())
     decoder = torch_parts.StaticDecoder(model, o["batch"], o["prompt"] + max(1, o["new"]))
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from convert.bench.machine import PeakMemory
-from convert.bench.results import OURS, Facts, Measured, mismatch
+from convert.bench.results import OURS, Facts, Measured, Trace, mismatch
 from convert.bench.timing import Run, interleave
 from jaxlm.compile_meter import CompileMeter
 
@@ -17,7 +17,7 @@ class Side(NamedTuple):
     """What a maker hands over."""
 
     run: Run
-    trace: Callable[[], list[float]]  # numbers that say what was computed; called after the first run
+    trace: Callable[[], Trace]  # numbers that say what was computed; called after the first run
     value: float | None = None  # of a case that is not timed
     notes: dict[str, Any] = {}  # noqa: RUF012 (never changed)
 

@@ -166,7 +166,8 @@ class StaticDecoder:
     @torch.no_grad()
     def read(self, ids: Tensor, start: int = 0) -> Tensor:
         """The logits [B, V] of what follows ids [B, T], which stand in the slots from `start` on."""
-        return self._read(ids, self.index[start : start + ids.shape[1]])
+        with attention_kernels():
+            return self._read(ids, self.index[start : start + ids.shape[1]], start == 0)
 
     @torch.no_grad()
     def generate(self, ids: Tensor, count: int) -> Tensor:
@@ -184,22 +185,24 @@ class StaticDecoder:
     def _next(self, ids: Tensor, positions: Tensor) -> Tensor:
         return self._logits(ids, positions).argmax(-1)
 
-    def _logits(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Reads ids [B, T] at positions [T]: the logits of what follows [B, V]."""
+    def _logits(self, ids: Tensor, positions: Tensor, first: bool = False) -> Tensor:
+        """Reads ids [B, T] at positions [T]: the logits of what follows [B, V]. first: nothing stands before them."""
         model: Any = self.model
         x = model.embed(ids)
         if model.pos_embed is not None:
             x = x + model.pos_embed(positions)[None]
         rope = model._rope(positions[None], x.dtype)
         for block, cache in zip(model.blocks, self.cache):
-            x = x + self._attention(block.attn, block.attn_norm(x), rope, positions, cache)
+            x = x + self._attention(block.attn, block.attn_norm(x), rope, positions, cache, first)
             normed = block.mlp_norm(x)
             x = x + (block.mlp(normed) if block.moe is None else self._experts(block.moe, normed))
         weight, bias = model.head()
         logits = model.final_norm(x[:, -1]) @ weight
         return logits if bias is None else logits + bias
 
-    def _attention(self, layer: Any, x: Tensor, rope: Any, positions: Tensor, cache: Any) -> Tensor:
+    def _attention(
+        self, layer: Any, x: Tensor, rope: Any, positions: Tensor, cache: Any, first: bool
+    ) -> Tensor:
         B, T, _ = x.shape
         q = layer.q_proj(x).view(B, T, layer.n_heads, layer.head_dim)
         k = layer.k_proj(x).view(B, T, layer.n_kv_heads, layer.head_dim)
@@ -210,6 +213,10 @@ class StaticDecoder:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         for old, new in zip(cache, (k, v)):
             old.index_copy_(2, positions, new.transpose(1, 2))
+        if first and not 0 < layer.window < T:  # without a mask the fused kernels skip what nobody sees
+            query, key, value = (part.transpose(1, 2) for part in (q, k, v))
+            out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+            return layer.o_proj(out.transpose(1, 2).reshape(B, T, -1))
         distance = positions[:, None] - self.index[None]
         mask = (distance >= 0) & (distance < layer.window) if layer.window else distance >= 0
         out = F.scaled_dot_product_attention(

@@ -3,8 +3,13 @@
 Sides of PyTorch: `compile` casts the weights once per step, as torchref does, and compiles forward and loss; with
 `autocast` that is torch's own; `eager` compiles nothing. Then, of a mixture, `grouped` or `loop` experts. All clip by
 the global norm and step with fused AdamW at the same learning rates.
+
+A trace tells of the first steps: their losses, the norm of the first gradient, and of every matrix but the router what
+the optimizer's first moment holds after one step (a share of the clipped gradient) and how far it has moved after all,
+each norm a part of its own. A router nearly undecided chooses by rounding; its gradient tells little.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,18 +22,23 @@ from convert.bench import torch_parts
 from convert.bench.cases import Case
 from convert.bench.results import OURS
 from convert.bench.side import Side
+from convert.native import pairs
 from jaxlm.config import RunConfig
-from jaxlm.optim import as_arrays, scalars
+from jaxlm.optim import AdamState, as_arrays, scalars
 from jaxlm.train import init_state, make_train_step, place_batch
 from torchref.loss import Counts, TokenLoss, total_loss
 from torchref.optim import learning_rate, make_optimizer
 from torchref.train import _Caller, _head, _under, cast_params
 
-STEPS = 3  # whose losses are compared
+STEPS = 3  # that are compared
+CORNER = 64  # rows and columns of a matrix whose norms stand for it
 
 
 def make(case: Case, name: str, steps: int = STEPS) -> Side:
-    """A side of a training case; its trace is the losses of the first `steps`."""
+    """A side of a training case; its trace tells of the first `steps` steps, of the weights where they are STEPS.
+
+    After many steps roundings have led the weights apart, and only the losses can be compared.
+    """
     run = case.run
     assert run is not None
     return _ours(run, steps) if name == OURS else _theirs(run, name.partition(":")[2], steps)
@@ -45,8 +55,10 @@ def batch_of(run: RunConfig) -> dict[str, np.ndarray]:
 def _ours(run: RunConfig, compared: int) -> Side:
     state, step, batch = init_state(run), make_train_step(run), place_batch(batch_of(run))
     held: dict[str, Any] = {"state": state}
+    before = _corners(state.params)
     del state  # donated at every step
     losses: list[Any] = []
+    first: list[Any] = []
 
     def steps(n: int) -> None:
         metrics: dict[str, Any] = {}
@@ -54,11 +66,17 @@ def _ours(run: RunConfig, compared: int) -> Side:
             now = as_arrays(scalars(run.optim, len(losses)), np.float32)
             held["state"], metrics = step(held["state"], batch, now)
             losses.append(metrics["total_loss"])
+            if not first:
+                moments = next(part for part in held["state"].opt_state if isinstance(part, AdamState))
+                first.extend((metrics["grad_norm"], _corners(moments.m)))
         jax.block_until_ready((held["state"].params, metrics))
 
-    def trace() -> list[float]:
+    def trace() -> dict[str, list[float]]:
         steps(max(0, compared - len(losses)))
-        return [float(loss) for loss in losses[:compared]]
+        told = _told(losses[:compared], first[0])
+        if len(losses) == STEPS:
+            told |= _moved(before, _corners(held["state"].params), first[1])
+        return told
 
     return Side(steps, trace)
 
@@ -66,19 +84,48 @@ def _ours(run: RunConfig, compared: int) -> Side:
 def _theirs(run: RunConfig, how: str, compared: int) -> Side:
     words = set(how.split("-"))
     stepper = _Stepper(run, words)
+    before = _corners(stepper.masters())
     losses: list[Tensor] = []
+    first: list[Any] = []
 
     def steps(n: int) -> None:
         with torch_parts.attention_kernels():
             for _ in range(n):
                 losses.append(stepper(len(losses)))
+                if not first:
+                    first.append(_corners(stepper.moments()))
         torch_parts.wait()
 
-    def trace() -> list[float]:
+    def trace() -> dict[str, list[float]]:
         steps(max(0, compared - len(losses)))
-        return [float(loss) for loss in losses[:compared]]
+        told = _told(losses[:compared], stepper.first_norm)
+        if len(losses) == STEPS:
+            told |= _moved(before, _corners(stepper.masters()), first[0])
+        return told
 
     return Side(steps, trace)
+
+
+def _told(losses: list[Any], norm: Any) -> dict[str, list[float]]:
+    return {"losses": [float(loss) for loss in losses], "norm of the first gradient": [float(norm)]}
+
+
+def _corners(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The upper left corner of every matrix, of all experts', on the host: a model's whole would be too much."""
+    cut = {k: v[..., :CORNER, :CORNER] for k, v in tensors.items() if v.ndim > 1 and "router" not in k}
+    return {
+        k: v.detach().float().cpu().numpy().copy() if isinstance(v, Tensor) else np.array(v, np.float32)
+        for k, v in cut.items()
+    }
+
+
+def _moved(
+    before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray], moments: Mapping[str, np.ndarray]
+) -> dict[str, list[float]]:
+    """Norms, which are the same of a matrix and of its transpose."""
+    norm: Callable[[np.ndarray], list[float]] = lambda x: [float(np.linalg.norm(x.ravel()))]  # noqa: E731
+    told = {f"change of {k}": norm(after[k] - before[k]) for k in before}
+    return told | {f"first moments of {k}": norm(moments[k]) for k in before}
 
 
 class _Stepper:
@@ -105,6 +152,9 @@ class _Stepper:
             kept, lr=optim.lr, betas=(optim.b1, optim.b2), eps=optim.eps, fused=True
         )
         self.parameters = list(self.model.parameters())
+        self.known = dict(self.model.named_parameters())
+        self.names = {pair.path: pair.other for pair in pairs(run.model)}
+        self.first_norm: Tensor | None = None
         self.many = batch_of(run)["inputs"].size * run.model.vocab_size > torch_parts.FULL_LOGITS
         compiled = "compile" in words
         if compiled and run.model.moe.n_experts and not (self.dtype == torch.bfloat16 and "grouped" in words):
@@ -127,11 +177,24 @@ class _Stepper:
         loss.backward()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.run.optim, index)
+        if self.first_norm is None:
+            self.first_norm = torch.nn.utils.get_total_norm(
+                [p.grad for p in self.parameters if p.grad is not None]
+            )
         if self.run.optim.clip_norm:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.run.optim.clip_norm, foreach=True)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
+
+    def masters(self) -> dict[str, Tensor]:
+        """The weights under jaxlm's names."""
+        return {path: self.known[name] for path, name in self.names.items()}
+
+    def moments(self) -> dict[str, Tensor]:
+        """AdamW's first moments under jaxlm's names; zeros where it has not stepped."""
+        state = self.optimizer.state
+        return {k: state[p].get("exp_avg", torch.zeros_like(p)) for k, p in self.masters().items()}
 
     def _hidden(self) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states and head [V, D] in the dtype of the computation, and the loss's terms beside the tokens'."""

@@ -4,6 +4,8 @@ import dataclasses
 import importlib
 import json
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,14 +13,17 @@ import pytest
 from entry import run
 from tolerances import tolerance
 
-from convert.bench.cases import Case, chosen, suite, train_case
-from convert.bench.results import OURS, Facts, Measured, difference, failed, make_row, table
+from convert.bench import runner
+from convert.bench.cases import START, SUITES, Case, chosen, suite, train_case
+from convert.bench.machine import PeakMemory
+from convert.bench.results import OURS, Facts, Measured, difference, failed, make_row, table, write_results
 from convert.bench.runner import _row, jobs
 from convert.bench.side import Side, measure
 from convert.bench.timing import LEAST_ROUNDS, Spread, interleave, spread
 from convert.bench.worker import Order, work
 from experiments.benchmark import main
 from jaxlm.config import ConfigError
+from jaxlm.plots_benchmark import plot_benchmark
 
 FACTS = Facts("train/dense/x/float32", "tokens/s", work=100.0, flops=1e9, tolerance=1e-3)
 MACHINE = {"device": "a machine", "peak_flops": {"float32": 1e11}, "bandwidth": 1e10}
@@ -72,10 +77,12 @@ def test_same_work_is_timed_and_a_failing_baseline_is_named() -> None:
         ([1.0], [1.0, 2.0], float("inf")),
         ([float("nan")], [float("nan")], float("inf")),
         ([], [], 0.0),
+        ({"losses": [10.0], "norm": [0.1]}, {"losses": [10.0], "norm": [0.2]}, 0.5),
+        ({"losses": [10.0]}, {"norm": [10.0]}, float("inf")),
     ],
 )
 def test_traces_are_compared_by_their_largest_number(one, other, expected) -> None:
-    """Unequal lengths and what is not finite are as different as can be."""
+    """Of each part its own; unequal lengths and what is not finite are as different as can be."""
     assert difference(one, other) == pytest.approx(expected)
 
 
@@ -145,12 +152,132 @@ def _tiny() -> Case:
     return suite("cpu", shrink=True)[0]
 
 
-@pytest.mark.parametrize("name", ["cpu", "h200"])
+@pytest.mark.parametrize("name", SUITES)
+def test_suites_fit_their_time(name: str) -> None:
+    """By estimate, with a process's start: otherwise the last cases would never be measured."""
+    cases = suite(name)
+    starts = START * len(list(jobs(cases, apart=name != "cpu")))
+    assert starts + sum(case.seconds for case in cases) <= SUITES[name]
+
+
+def _fewer_layers(stepper) -> None:
+    stepper.model.blocks = stepper.model.blocks[:1]
+
+
+def _no_step(stepper) -> None:
+    stepper.optimizer.step = lambda: None
+
+
+@pytest.mark.parametrize("fault", [None, _fewer_layers, _no_step])
+def test_another_model_and_a_missing_step_are_other_work(fault, monkeypatch) -> None:
+    """Four layers against one, and weights that nobody updates, in bfloat16, whose losses alone hardly tell."""
+    from convert.bench import train
+    from convert.bench.cases import _Sizes
+
+    sizes = _Sizes(True)
+    case = train_case(sizes, "minigpt-124m", "bfloat16", ("eager",))
+    run = dataclasses.replace(case.run, model=dataclasses.replace(case.run.model, n_layers=4))
+    case = dataclasses.replace(case, run=run)
+    real = train._Stepper.__init__
+
+    def init(self, *arguments) -> None:
+        real(self, *arguments)
+        if fault:
+            fault(self)
+
+    monkeypatch.setattr(train._Stepper, "__init__", init)
+    known, problem = measure(
+        case.facts, lambda name: train.make(case, name), list(case.sides), 1, 0.0, lambda text: None
+    )
+    assert known.keys() == set(case.sides)
+    assert problem.startswith("not the same work") == (fault is not None), problem
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no Linux")
+def test_like_sides_hold_alike() -> None:
+    """A side that comes after another in the same process is not told to need less."""
+    import numpy as np
+
+    def held() -> int:
+        meter = PeakMemory("jax")
+        for _ in range(2):
+            parts = [
+                np.ones(1 << 12) for _ in range(1_500)
+            ]  # 49 MB in small pieces, which the heap would keep
+            del parts
+            meter.restart()
+        parts = [np.ones(1 << 12) for _ in range(1_500)]
+        found = meter.bytes()
+        del parts
+        return found or 0
+
+    sides = [held() for _ in range(4)]
+    assert min(sides) > 0.9 * max(sides) > 40e6, sides
+
+
+def _suite_of(case: Case, out: Path, code: str, monkeypatch) -> list[dict]:
+    """Rows of a suite whose worker is a piece of Python."""
+    popen = runner.subprocess.Popen
+    monkeypatch.setattr(
+        runner.subprocess, "Popen", lambda command, **rest: popen([sys.executable, "-c", code], **rest)
+    )
+    return runner.run_suite([case], "cpu", True, 1, out, lambda t: None, lambda r, m: None, gpu=False)[0]
+
+
+def test_a_worker_that_hangs_is_a_failure(tmp_path: Path, monkeypatch) -> None:
+    """Stopped by the patience with its cases it has failed; stopped by the suite's clock it is skipped."""
+    hang = "import sys, time; sys.stdin.read(); time.sleep(60)"
+    monkeypatch.setattr(runner, "START", 0.2)
+    case = dataclasses.replace(_tiny(), seconds=0.1)
+    rows = _suite_of(case, tmp_path, hang, monkeypatch)
+    assert "far beyond what it takes" in rows[0]["problem"] and len(failed(rows)) == 1
+    monkeypatch.setattr(runner, "SUITES", {"cpu": 0.5})
+    monkeypatch.setattr(runner, "GRACE", 0.0)
+    rows = _suite_of(dataclasses.replace(case, seconds=60.0), tmp_path, hang, monkeypatch)
+    assert rows[0]["skipped"] and failed(rows) == []
+
+
+def test_curves_are_compared_by_a_number(tmp_path: Path) -> None:
+    """The row of losses tells their largest relative difference, and there is a figure of them."""
+    facts = Facts("losses/dense/x/float32", "rel", 1.0, tolerance=0.1)
+    sides = {OURS: Measured([4.0, 2.0], None, 0.0), "torchref:a": Measured([4.0, 2.2], None, 0.0)}
+    row = make_row(facts, sides, MACHINE)
+    assert row["jaxlm"] == pytest.approx(0.05) and row["torchref"] is None
+    write_results([row], MACHINE, tmp_path, "title")
+    assert [path.name for path in plot_benchmark(tmp_path)] == ["losses.png"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux ends children with their parent")
+def test_a_killed_benchmark_leaves_no_worker() -> None:
+    """The worker ends with the process that began it, however that ended."""
+    code = (
+        "import time; from convert.bench.worker import end_with_parent as e; e(); print(1, flush=True);"
+        "time.sleep(60)"
+    )
+    parent = (
+        "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', sys.argv[1]], stdout=-1);"
+        "p.stdout.readline(); print(p.pid, flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", parent, code], stdin=-1, stdout=-1, cwd=Path(__file__).parents[2]
+    ) as process:
+        child = int(process.stdout.readline())
+        process.terminate()
+    for _ in range(50):
+        state = Path(f"/proc/{child}/stat")
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"process {child} lives on")
+
+
+@pytest.mark.parametrize("name", SUITES)
 def test_names_keep_the_contract(name: str) -> None:
     """KIND/…/DTYPE, each once, the same whatever the sizes; every kind has a module that makes sides."""
     cases = suite(name)
     names = [case.name for case in cases]
     assert len(set(names)) == len(names) and names == [case.name for case in suite(name, shrink=True)]
+    assert name == "sweep" or not {case.name for case in suite("sweep")} & set(names)
     kinds = "prefill|decode|head|moe_layer|attention|loader|convert|gemm|copy|scatter|grouped|numerics|losses"
     dtypes = "float32|bfloat16|uint16"
     pattern = re.compile(rf"train/(dense|moe)/[\w.+-]+/({dtypes})|({kinds})/[\w./+-]+/({dtypes})")
@@ -166,7 +293,7 @@ def test_suites_hold_what_is_promised() -> None:
         assert {f"train/{name}/{dtype}" for dtype in ("float32", "bfloat16")} <= on_cpu.keys()
     on_gpu = {case.name: case for case in suite("h200")}
     assert on_gpu["train/moe/gptoss/bfloat16"].facts.work == 65_536
-    assert on_gpu["train/moe/gptoss+rows8/bfloat16"].sides == ("torchref:eager-loop",)
+    assert on_gpu["train/moe/gptoss+rows8/bfloat16"].sides == (OURS, "torchref:eager-loop")
     assert {"decode/dense/llama-1.1b/bfloat16", "decode/moe/gptoss/bfloat16"} <= on_gpu.keys()
 
 
@@ -212,6 +339,8 @@ def test_a_case_without_time_is_skipped_and_said(tmp_path: Path) -> None:
 def test_an_end_to_end_run_writes_everything(tmp_path: Path, capsys, monkeypatch) -> None:
     """Two small cases: exit 0, results in three forms, every key of the contract."""
     out = tmp_path / "out"
+    (out / "log").mkdir(parents=True)
+    (out / "log" / "99.txt").write_text("of an earlier run")
     argv = [
         "--suite",
         "cpu",
@@ -221,7 +350,7 @@ def test_an_end_to_end_run_writes_everything(tmp_path: Path, capsys, monkeypatch
         "--out",
         str(out),
         "--only",
-        "loader",
+        "loader/windows",
         "attention/b8*",
     ]
     result = run(main, argv, capsys, monkeypatch)
@@ -234,6 +363,7 @@ def test_an_end_to_end_run_writes_everything(tmp_path: Path, capsys, monkeypatch
         assert row["sides"][OURS]["seconds"]["rounds"] == 3
     assert rows[0]["ratio"] == pytest.approx(rows[0]["torchref"] / rows[0]["jaxlm"])
     assert rows[0]["differences"]["torchref:sdpa"] < tolerance("f32_reordered")
+    assert not (out / "log" / "99.txt").exists() and "results.png" in result.err + result.out
     assert (out / "results.png").stat().st_size > 10_000
     assert "| loader/windows/uint16 |" in (out / "results.md").read_text(encoding="utf-8")
 

@@ -85,6 +85,8 @@ def default_folder(environment: MutableMapping[str, str] = os.environ) -> Path |
         root = (
             Path(base) if os.path.isabs(base) else Path.home() / ".cache"
         )  # the specification wants it absolute
+        if not root.is_absolute():
+            return None
         folder = root / "jaxlm" / f"compiled-on-{_cores()}-cores"
         _make(folder)
         return folder.resolve() if os.access(folder, os.W_OK | os.X_OK) else None
@@ -122,7 +124,8 @@ def _check_named(environment: MutableMapping[str, str]) -> list[str]:
     folder = Path(named).absolute()
     try:
         _make(folder)
-        reason = _unsafe(folder.resolve())
+        usable = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+        reason = _unsafe(folder.resolve()) if usable else f"{folder} is no folder that can be written to"
     except OSError as error:
         reason = f"{folder}: {error.strerror}"
     if reason:

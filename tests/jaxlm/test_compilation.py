@@ -173,6 +173,14 @@ def test_a_home_that_cannot_be_written_to_is_no_error(tmp_path: Path) -> None:
     assert set_up(environment) == [] and FOLDER not in environment
 
 
+def test_a_named_file_is_refused_in_one_line(tmp_path: Path) -> None:
+    """jax would warn of it for every program."""
+    (tmp_path / "file").touch()
+    environment = {FOLDER: str(tmp_path / "file"), "JAX_PLATFORMS": "cpu"}
+    (line,) = set_up(environment)
+    assert "is no folder that can be written to" in line and environment[ENABLED] == "false"
+
+
 def test_programs_of_other_machines_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another number of cores has another folder; jax's own names tell processors with other features apart."""
     environment = {"XDG_CACHE_HOME": str(tmp_path)}

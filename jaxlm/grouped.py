@@ -94,6 +94,11 @@ def expert_mlp(
         sizes, count = (CPU_TILES, 3) if backend == "blocks" else (GPU_TILES, 1)
         # Under two rows per expert, as in decoding, a product per row reads no more weights and pads nothing.
         tiles = tuple(t for t in sizes if t * weights.up.shape[0] <= 4 * ids.size)[:count] or (1,)
+    if backend == "blocks":
+        # Rows are gathered, kept and multiplied in one dtype: a CPU would convert bfloat16 each time.
+        x, *rest = inputs
+        wide = x.astype(accumulator(x.dtype))
+        return _grouped(_Plan(backend, activation, rate, tiles), wide, *rest).astype(x.dtype)
     return _grouped(_Plan(backend, activation, rate, tiles), *inputs)
 
 

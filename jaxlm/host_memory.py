@@ -8,8 +8,8 @@ uses 325 MB: 80,000 page faults, 50 to 60 ms of 278. Told to keep what it has, g
 import ctypes
 import os
 
-# mallopt's names and values, from malloc.h: trim threshold, largest number of mapped pieces, number of arenas.
-_KEEP = ((-1, 2**31 - 1), (-4, 0), (-8, 1))
+# mallopt's names and values, from malloc.h: trim threshold (-1: never), most mapped pieces, most arenas.
+_KEEP = ((-1, -1), (-4, 0), (-8, 1))
 _OWN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_ARENA_MAX")
 
 

@@ -77,10 +77,11 @@ def _draw(figure: "Figure", rows: list[tuple[str, Any, Any, Any]], machine: str)
     right.set_title("Share of what FLOPs and bytes allow, %", fontsize=14)
     right.set_xscale("log")
     right.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    right.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
     right.tick_params(axis="y", length=0)
     handles = dict(zip(*reversed(right.get_legend_handles_labels())))
     if handles:
-        right.legend(handles.values(), handles.keys(), loc="lower right")
+        right.legend(handles.values(), handles.keys(), loc="upper right", bbox_to_anchor=(1, -0.08), ncols=2)
 
 
 def _draw_losses(figure: "Figure", curves: dict[str, dict[str, list[float]]]) -> None:

@@ -13,6 +13,8 @@ import pytest
 from entry import run
 from tolerances import tolerance
 
+pytest.importorskip("torch")
+
 from convert.bench import runner
 from convert.bench.cases import START, SUITES, Case, chosen, suite, train_case
 from convert.bench.machine import PeakMemory
@@ -25,6 +27,7 @@ from experiments.benchmark import main
 from jaxlm.config import ConfigError
 from jaxlm.plots_benchmark import plot_benchmark
 
+pytestmark = pytest.mark.torch
 FACTS = Facts("train/dense/x/float32", "tokens/s", work=100.0, flops=1e9, tolerance=1e-3)
 MACHINE = {"device": "a machine", "peak_flops": {"float32": 1e11}, "bandwidth": 1e10}
 

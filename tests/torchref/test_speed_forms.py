@@ -7,17 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from tolerances import tolerance
 
-from convert.bench.torch_parts import FusedHead, StaticDecoder
-from jaxlm.config import ModelConfig
-from jaxlm.presets import preset
-from jaxlm.sampling import Sampling
-from torchref.generate import decode
-from torchref.layers import Backends
-from torchref.model import Decoder
-from torchref.moe import MoE
+torch = pytest.importorskip("torch")
+
+from convert.bench.torch_parts import FusedHead, StaticDecoder  # noqa: E402
+from jaxlm.config import ModelConfig  # noqa: E402
+from jaxlm.presets import preset  # noqa: E402
+from jaxlm.sampling import Sampling  # noqa: E402
+from torchref.generate import decode  # noqa: E402
+from torchref.layers import Backends  # noqa: E402
+from torchref.model import Decoder  # noqa: E402
+from torchref.moe import MoE  # noqa: E402
 
 pytestmark = pytest.mark.torch
 ROOT = Path(__file__).parents[2]

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxlm.grouped import Activation, Backend, ExpertWeights, expert_mlp
+from jaxlm.grouped import Activation, Backend, ExpertWeights
 from jaxlm.layers import Linear, add_bias
 from jaxlm.model import Abstract, Decoder, Params, Split, abstract_of, merge_model
-from jaxlm.moe import Experts
+from jaxlm.moe import Experts, apply_experts
 from jaxlm.quant import is_quantized
 from jaxlm.shapes import Float, Int
 
@@ -40,6 +40,7 @@ class RowExperts(nnx.Module):
         self.gate_up_bias, self.up_bias = experts.gate_up_bias, experts.up_bias
         self.down, self.down_bias = turned(experts.down), experts.down_bias
         self.kind: Activation = experts.kind
+        self.rate = experts.rate
         self.backend: Backend = experts.backend
 
     def __call__(
@@ -49,7 +50,7 @@ class RowExperts(nnx.Module):
         weights: Float[Array, "B T A"],
         key: Array | None = None,
     ) -> Float[Array, "B T D"]:
-        """sum_a weights[a] * MLP_{ids[a]}(x); without dropout, whatever the key."""
+        """sum_a weights[a] * MLP_{ids[a]}(x)."""
         up, up_bias = (self.gate_up, self.gate_up_bias) if self.up is None else (self.up, self.up_bias)
 
         def cast(weight: nnx.Param | None) -> Array | None:
@@ -58,15 +59,7 @@ class RowExperts(nnx.Module):
         up_EUD, down_EDF = cast(up), cast(self.down)
         assert up_EUD is not None and down_EDF is not None
         stacked = ExpertWeights(up_EUD.mT, cast(up_bias), down_EDF.mT, cast(self.down_bias))
-        out = expert_mlp(
-            x.reshape(-1, x.shape[-1]),
-            stacked,
-            ids.reshape(-1, ids.shape[-1]),
-            weights.reshape(-1, ids.shape[-1]),
-            activation=self.kind,
-            backend=self.backend,
-        )
-        return out.reshape(x.shape)
+        return apply_experts(self, x, ids, weights, stacked, key)
 
 
 def for_decoding(model: Split) -> Split:

@@ -178,18 +178,31 @@ class Experts(nnx.Module):
         self, x: Array, ids: Array, weights: Array, stacked: ExpertWeights, key: Array | None = None
     ) -> Array:
         """The tokens and experts of one device; an id outside its experts contributes nothing."""
-        D, A = x.shape[-1], ids.shape[-1]
-        hidden_dropout = None if key is None or self.rate == 0 else (key, self.rate)
-        out = expert_mlp(
-            x.reshape(-1, D),
-            stacked,
-            ids.reshape(-1, A),
-            weights.reshape(-1, A),
-            activation=self.kind,
-            backend=self.backend,
-            hidden_dropout=hidden_dropout,
-        )
-        return out.reshape(x.shape)
+        return apply_experts(self, x, ids, weights, stacked, key)
+
+
+def apply_experts(
+    experts: Any,
+    x: Float[Array, "B T D"],
+    ids: Int[Array, "B T A"],
+    weights: Float[Array, "B T A"],
+    stacked: ExpertWeights,
+    key: Array | None = None,
+) -> Float[Array, "B T D"]:
+    """sum_a weights[a] * MLP_{ids[a]}(x) on weights that lie ready.
+
+    experts: in whatever form it keeps them; its kind, backend and rate of dropout count.
+    """
+    out = expert_mlp(
+        x.reshape(-1, x.shape[-1]),
+        stacked,
+        ids.reshape(-1, ids.shape[-1]),
+        weights.reshape(-1, ids.shape[-1]),
+        activation=experts.kind,
+        backend=experts.backend,
+        hidden_dropout=None if key is None or experts.rate == 0 else (key, experts.rate),
+    )
+    return out.reshape(x.shape)
 
 
 def _over_mesh(

@@ -33,10 +33,10 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jaxlm.config import ConfigError, InputError, ModelConfig, nearest
-from jaxlm.grouped import Activation, Backend, ExpertWeights, expert_mlp
+from jaxlm.grouped import Activation, Backend, ExpertWeights
 from jaxlm.layers import Backends, Linear, add_bias
 from jaxlm.model import Abstract, Decoder, Params, Split, abstract_model, abstract_of, merge_model
-from jaxlm.moe import Experts
+from jaxlm.moe import Experts, apply_experts
 from jaxlm.shapes import Float, Int
 
 Kind = Literal["int8", "int4", "nf4"]
@@ -230,16 +230,7 @@ class QuantExperts(nnx.Module):
             return None if bias is None else bias[...].astype(x.dtype)
 
         stacked = ExpertWeights(up(x).mT, cast(up_bias), self.down(x).mT, cast(self.down_bias))
-        out = expert_mlp(
-            x.reshape(-1, x.shape[-1]),
-            stacked,
-            ids.reshape(-1, ids.shape[-1]),
-            weights.reshape(-1, ids.shape[-1]),
-            activation=self.kind,
-            backend=self.backend,
-            hidden_dropout=None if key is None or self.rate == 0 else (key, self.rate),
-        )
-        return out.reshape(x.shape)
+        return apply_experts(self, x, ids, weights, stacked, key)
 
 
 def quantize(model: Split, kind: str) -> Split:

@@ -38,6 +38,7 @@ EXCEPTIONS: dict[str, str] = {
     "attention.sdpa_attention": "torch's own fused kernel; jax's counterpart is cudnn_attention",
     "generate.lower_greedy": "how jaxlm.plan compiles decoding for a device that is not there",
     "moe.Experts.weights": "jaxlm hands the stacked weights to a grouped product",
+    "moe.apply_experts": "what three forms of the stacked weights share; torch loops over the experts",
     "moe.Experts.local": "the part of the experts that one device of an expert-parallel mesh computes",
     "moe.Experts.expert": "the reference loops over the experts, one at a time",
     "model.Split": "jax trains a pure function of the parameters, so a model is split into its graph and its state",

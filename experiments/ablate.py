@@ -32,6 +32,7 @@ from jaxlm.config import ConfigError, MeshConfig, RunConfig, TrainConfig, neares
 from jaxlm.data.loader import count_windows
 from jaxlm.data.run_data import RunData, open_run_data
 from jaxlm.data.shards import open_shards
+from jaxlm.host_memory import keep_memory
 from jaxlm.presets import PRESETS, preset
 from jaxlm.run_dir import RunDir, environment
 from jaxlm.variants import Variant, make_variants, parse_axes
@@ -63,6 +64,7 @@ class Base(NamedTuple):
 def main(argv: list[str]) -> int:
     """Entry point."""
     options = parse(AblateOptions, argv, "python -m experiments.ablate", __doc__ or "")
+    keep_memory()
     base = open_base(options)
     axes = parse_axes(options.vary)
     variants = make_variants(base.run, axes, options.max_variants, trains=options.steps != 0)

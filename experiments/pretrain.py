@@ -23,7 +23,6 @@ from experiments.cli import RunOptions, main_guard, need, parse_run, say
 from experiments.handover import resume
 from experiments.launch import join, launch, open_together
 from jaxlm.checkpoint_files import preflight
-from jaxlm.compilation import may_use_gpu
 from jaxlm.config import ConfigError, RunConfig
 from jaxlm.count import active_param_count, flops_per_token, param_count
 from jaxlm.data.corpus import open_corpus
@@ -76,6 +75,7 @@ def pretrain(options: RunOptions, others: Any | None = None) -> Trained:
     # Among several processes the parent has made logs/.
     is_new = not path.exists() or (others is not None and {p.name for p in path.iterdir()} <= {"logs"})
     run = options.run
+    keep_memory()
     check_devices(run, options.framework)
     check_policy(run, options.framework)
     check_inputs(run)
@@ -133,8 +133,6 @@ def check_devices(run: RunConfig, framework: str) -> None:
     from jaxlm.distributed import require_all_devices
     from jaxlm.sharding import make_mesh
 
-    if not may_use_gpu():
-        keep_memory()  # now: the next line starts the threads of jax
     require_all_devices(make_mesh(run.mesh))
 
 

@@ -18,6 +18,7 @@ from experiments.cli import main_guard, need, parse_run, say
 from experiments.pretrain import Trained, check_devices, check_inputs, pretrain
 from jaxlm.config import ConfigError
 from jaxlm.data.baselines import bigram_loss, gzip_bits_per_byte
+from jaxlm.host_memory import keep_memory
 from jaxlm.live_plots import LivePlots
 from jaxlm.metrics import bits_per_byte
 from jaxlm.run_dir import move_aside
@@ -43,6 +44,7 @@ def main(argv: list[str]) -> int:
     from convert.parity.report import write_report
     from convert.prove import export_and_prove
 
+    keep_memory()
     check_devices(options.run, options.framework)
     check_inputs(options.run)  # bad input must not move anything
     path = Path(options.run_dir or f"runs/{options.preset}")

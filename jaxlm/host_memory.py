@@ -8,6 +8,8 @@ uses 325 MB: 80,000 page faults, 50 to 60 ms of 278. Told to keep what it has, g
 import ctypes
 import os
 
+from jaxlm.compilation import may_use_gpu
+
 # mallopt's names and values, from malloc.h: trim threshold (-1: never), most mapped pieces, most arenas.
 _KEEP = ((-1, -1), (-4, 0), (-8, 1))
 _OWN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_ARENA_MAX")
@@ -16,10 +18,14 @@ _OWN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", 
 def keep_memory() -> bool:
     """Tells glibc to keep freed memory; call it before jax starts its threads. Whether it could be told.
 
-    Nothing happens where the C library is another one, or where the user has settings of their own in the environment.
-    The process's memory then stays at its peak.
+    Nothing happens where the C library is another one, where the user has settings of their own in the environment, or
+    where a GPU may be what computes. The process's memory then stays at its peak.
     """
-    if any(name in os.environ for name in _OWN) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+    if (
+        may_use_gpu()
+        or any(name in os.environ for name in _OWN)
+        or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    ):
         return False
     try:
         library = ctypes.CDLL("libc.so.6")

@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxlm.compilation import may_use_gpu
 from jaxlm.host_memory import keep_memory
 
 
@@ -36,8 +35,7 @@ def main() -> int:
     """Reads an order, does it."""
     end_with_parent()
     order = Order(**json.loads(sys.stdin.read()))
-    if not may_use_gpu():
-        keep_memory()  # as training does; it serves both frameworks
+    keep_memory()  # as training does; it serves both frameworks
     import torch
 
     torch.set_num_threads(

@@ -4,6 +4,7 @@
     python -m convert import SRC DST                Hugging Face, GGUF, gptoss .pt, torchref -> a jaxlm directory
     python -m convert export TARGET --to hf DST     also torch, pt, gguf, onnx, gptoss, jaxlm
     python -m convert import PEFT DST --base TARGET a LoRA adapter by peft; export ADAPTER --to peft DST is the way back
+    python -m convert export RUN --to peft DST      the adapter that a LoRA run trained; any other format has it merged
     python -m convert verify DIR                    every tensor against the manifest's hashes
 
 TARGET is a run, a model directory (jaxlm, torchref, Hugging Face), a .gguf or a gptoss .pt file. DST appears when it is
@@ -28,6 +29,7 @@ from jaxlm import model_dir
 from jaxlm.cli import main_guard, need, parse, say
 from jaxlm.config import ConfigError, InputError, nearest, to_dict
 from jaxlm.count import param_count, require_memory
+from jaxlm.estimate_lora import factor_count
 from jaxlm.tokenizer import TokenizerError
 
 if TYPE_CHECKING:
@@ -140,7 +142,7 @@ def export_model(options: ExportOptions) -> int:
     from convert import adapters
 
     if options.to == "peft":
-        opened = adapters.open_adapter(Path(options.target))
+        opened = _bare(options)
         layout = options.experts or "fused"
         return _write_adapter(
             opened, options, "peft", lambda out, p: adapters.write_peft(opened, out, layout, p)
@@ -155,6 +157,18 @@ def export_model(options: ExportOptions) -> int:
     return _write(target, options.to, options, choices)
 
 
+def _bare(options: ExportOptions) -> "OpenedAdapter":
+    """The adapter that is to be exported by itself: of a directory, or of a run."""
+    from convert import adapters
+
+    if options.adapter:
+        raise ConfigError("--to peft takes an adapter as its target; leave --adapter out")
+    path = Path(options.target)
+    if adapters.is_adapter(path) or adapters.is_peft(path) or not (path / model_dir.CONFIG).is_file():
+        return adapters.open_adapter(path)
+    return adapters.adapter_of(open_target(path, options.checkpoint, optimizer=False))
+
+
 def inspect_model(options: InspectOptions) -> int:
     """Says what a target holds: architecture, sizes, dtypes, tokenizer, and the formats that can express it."""
     target = open_target(options.target, options.checkpoint)
@@ -164,6 +178,8 @@ def inspect_model(options: InspectOptions) -> int:
     family = f" ({contents.family})" if contents.family else ""
     print(f"{target.path}: {target.kind}{family}")
     print(f"parameters: {param_count(target.config):,} in {len(contents.tensors)} tensors")
+    if (line := _adapter_line(target)) is not None:
+        print(f"adapter: {line}")
     print(f"stored as {', '.join(kinds)}, {_size(nbytes)}")
     print(f"optimizer state: {'step ' + str(contents.moments.step) if contents.moments else 'none'}")
     print(f"tokenizer: {_tokenizer_line(target)}")
@@ -350,6 +366,17 @@ def _nbytes(tensor: Any) -> int:
     for n in tensor.shape:
         size *= n
     return size
+
+
+def _adapter_line(target: Target) -> str | None:
+    """What a LoRA run trained, and on what; None for anything else."""
+    tune = getattr(target.run, "tune", None)
+    if tune is None or tune.adapter is None:
+        return None
+    paths = [path for path in target.contents.tensors if tune.adapter.adapts(path)]
+    ranks = "/".join(map(str, sorted({tune.adapter.rank_alpha(path)[0] for path in paths})))
+    count = factor_count(target.config, tune.adapter)
+    return f"rank {ranks} on {len(paths)} weights, {count:,} parameters; base {tune.base}"
 
 
 def _tokenizer_line(target: Target) -> str:

@@ -1,6 +1,7 @@
 """jaxlm <-> torchref: the same names; only [in, out] against [out, in] differs.
 
-The same table pairs weights, gradients and optimizer moments; activations have equal names and layouts.
+The same table pairs weights, gradients and optimizer moments, another one those of low-rank factors; activations have
+equal names and layouts.
 """
 
 from collections.abc import Mapping
@@ -11,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from convert.peft_adapter import require
 from convert.rules import SAME, TRANSPOSE, ConversionError, Pair, Rule, convert, pair_up
-from convert.tree import Flat, from_jax, from_torch, load_torch
+from convert.tree import Flat, from_jax, from_torch, load_torch, to_tensor
+from jaxlm.adapter_config import AdapterConfig
 from jaxlm.config import ModelConfig
 from jaxlm.model import Params, abstract_model
 
@@ -28,6 +31,7 @@ RULES: tuple[Rule, ...] = (
     Rule(r"(.*\.bias_table)", r"\1", SAME),
     Rule(r"(.*\.experts\.)(gate_up|up|down)", r"\1\2", TRANSPOSE),
 )
+ADAPTER_RULES: tuple[Rule, ...] = (Rule(r"(.*\.lora_[ab])", r"\1", TRANSPOSE),)
 
 
 def pairs(config: ModelConfig) -> list[Pair]:
@@ -43,6 +47,46 @@ def to_torch(config: ModelConfig, flat: Flat) -> Flat:
 def to_jax(config: ModelConfig, flat: Flat) -> Flat:
     """torchref's tensors in jaxlm's names and layouts."""
     return convert(pairs(config), flat, inverse=True)
+
+
+def adapter_to_torch(factors: Mapping[str, jax.Array | np.ndarray]) -> Flat:
+    """Low-rank factors (or their gradients or moments) in torchref's layouts: a [R, in], b [out, R], of experts with
+    [E] before them.
+    """
+    return _across(factors, inverse=False)
+
+
+def adapter_to_jax(factors: Flat) -> Flat:
+    """The inverse of `adapter_to_torch`."""
+    return _across(factors, inverse=True)
+
+
+def _across(factors: Mapping[str, jax.Array | np.ndarray], inverse: bool) -> Flat:
+    arrays = from_jax(factors)
+    shapes = {path: tuple(TRANSPOSE.view(x).shape if inverse else x.shape) for path, x in arrays.items()}
+    return convert(pair_up(ADAPTER_RULES, shapes), arrays, inverse)
+
+
+def build_adapted(
+    config: ModelConfig,
+    params: Mapping[str, jax.Array | np.ndarray],
+    factors: Mapping[str, jax.Array | np.ndarray],
+    adapter: AdapterConfig,
+    backends: "Backends | None" = None,
+) -> "Decoder":
+    """The torch twin of jaxlm parameters with an adapter on them, in their dtypes; the factors alone are trained.
+
+    Raises ConversionError where the factors are not those that the adapter has on this model.
+    """
+    from torchref.finetune.lora import adapt
+
+    require(from_jax(factors), adapter, {path: tuple(x.shape) for path, x in params.items()})
+    tensors = {name: to_tensor(x) for name, x in adapter_to_torch(factors).items()}
+    dtype = next(iter(tensors.values())).dtype
+    model = adapt(build_torch(config, params, backends), adapter, rngs=None, dtype=dtype)
+    missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
+    assert not unexpected and not any(name in tensors for name in missing), unexpected
+    return model
 
 
 def build_torch(

@@ -161,7 +161,7 @@ def train_state_to_jax(
     host = train.TrainState(*made)
     if mesh is None:
         return jax.tree.map(jnp.asarray, host)
-    return jax.device_put(host, train.state_shardings(run, mesh, abstract_model(run.model)))
+    return jax.device_put(host, train.state_shardings(run, mesh))
 
 
 def _host(slot: Mapping[str, Any]) -> Flat:

@@ -6,102 +6,24 @@ scale = alpha / R (Hu et al. 2021, arXiv 2106.09685, section 4.1) or alpha / sqr
 2312.03732).
 """
 
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from convert import peft_layout as layout
-from convert.peft_layout import ADAPTABLE, Piece, Slot
+from convert.peft_layout import Piece, Slot
 from convert.rules import ConversionError, Pair
-from jaxlm.config import ConfigError
+from jaxlm.adapter_config import ADAPTABLE, AdapterConfig, Override, factor_shapes
+from jaxlm.config import ConfigError, from_dict
 from jaxlm.json_file import read_object
 from jaxlm.model_dir import Stored, write_json, write_tensors
 from jaxlm.tensor_file import Lazy, Planned, open_file
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-PROJECTIONS = (
-    r"blocks\.\d+\.attn\.[qkvo]_proj\.weight",
-    r"blocks\.\d+\.(mlp|moe\.shared)\.(gate|up|down)_proj\.weight",
-    r"blocks\.\d+\.moe\.experts\.(gate_up|up|down)",
-)
 Adapter = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Override:
-    """Another rank and alpha for some of the adapted weights."""
-
-    paths: str  # regular expression over whole paths
-    rank: int  # R
-    alpha: float  # numerator of the scale
-
-    def __post_init__(self) -> None:
-        _check_numbers(self.rank, self.alpha, f"override of {self.paths!r}: ")
-        _check_expression(self.paths, "override: paths")
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """Which weights have an adapter, of which rank and scale. `jaxlm.config.to_dict` and `from_dict` make it JSON.
-
-    By default the seven projections are adapted, shared and routed experts among them; the router is not: a small
-    change there sends tokens elsewhere. Name `blocks\\.\\d+\\.moe\\.router\\.weight` in `targets` to adapt it.
-    """
-
-    rank: int  # R
-    alpha: float  # numerator of the scale
-    dropout: float = 0.0  # of the adapter's input, while training
-    rslora: bool = False  # scale = alpha / sqrt(R) instead of alpha / R
-    targets: tuple[str, ...] = PROJECTIONS  # regular expressions over whole paths of weights
-    overrides: tuple[Override, ...] = ()  # the first that matches a path decides
-
-    def __post_init__(self) -> None:
-        _check_numbers(self.rank, self.alpha, "adapter: ")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"adapter: dropout={self.dropout} must be in [0, 1)")
-        if not self.targets:
-            raise ConfigError("adapter: targets is empty; name at least one weight")
-        for text in self.targets:
-            _check_expression(text, "adapter: targets")
-
-    def adapts(self, path: str) -> bool:
-        """Whether a weight has an adapter; embeddings, norms and biases never have."""
-        return bool(ADAPTABLE.fullmatch(path)) and any(re.fullmatch(text, path) for text in self.targets)
-
-    def rank_alpha(self, path: str) -> tuple[int, float]:
-        """R and alpha of a weight."""
-        chosen = next((o for o in self.overrides if re.fullmatch(o.paths, path)), self)
-        return chosen.rank, chosen.alpha
-
-    def scale(self, path: str) -> float:
-        """What a @ b of a weight is multiplied by."""
-        rank, alpha = self.rank_alpha(path)
-        return alpha / (math.sqrt(rank) if self.rslora else rank)
-
-
-def _check_numbers(rank: Any, alpha: Any, where: str) -> None:
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ConfigError(f"{where}rank={rank!r} must be a positive integer")
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
-        raise ConfigError(f"{where}alpha={alpha!r} must be a positive number")
-
-
-def _check_expression(text: str, where: str) -> None:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise ConfigError(f"{where}: {text!r} is no regular expression ({error})") from None
-
-
-def factor_shapes(shape: tuple[int, ...], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of lora_a and lora_b of a weight: [in, out] or [E, in, out]."""
-    *experts, width, out = shape
-    return (*experts, width, rank), (*experts, rank, out)
 
 
 def require(
@@ -330,12 +252,10 @@ def _read_fields(directory: Path) -> dict[str, Any]:
 
 def _base_config(fields: dict[str, Any], directory: Path) -> AdapterConfig:
     """Rank, alpha and dropout as the file has them; what it leaves out has peft's defaults."""
-    rank, alpha = fields.get("r", 8), fields.get("lora_alpha", 8)
-    dropout, rslora = fields.get("lora_dropout", 0.0), fields.get("use_rslora", False)
-    if not isinstance(dropout, (int, float)) or not isinstance(rslora, bool):
-        raise ConversionError(f"{directory / CONFIG}: lora_dropout={dropout!r}, use_rslora={rslora!r}")
+    named = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora"}
+    values = {"rank": 8, "alpha": 8} | {ours: fields[key] for key, ours in named.items() if key in fields}
     try:
-        return AdapterConfig(rank, alpha, float(dropout), rslora)
+        return from_dict(AdapterConfig, values)
     except ConfigError as error:
         raise ConversionError(f"{directory / CONFIG}: {error}") from None
 

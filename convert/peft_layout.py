@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from convert.rules import SAME, TRANSPOSE, Index, Pair
+from jaxlm.adapter_config import ADAPTABLE
 
 PREFIX = "base_model.model."
-ADAPTABLE = re.compile(r"(.*_proj|.*router|.*shared_gate|lm_head)\.weight|.*\.experts\.(gate_up|up|down)")
 _REGISTERED = ("gate_up_proj", "down_proj")  # in every experts module of transformers 5, in this order
 
 # Fields of adapter_config.json that decide what an adapter computes and that are understood here.

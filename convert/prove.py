@@ -4,14 +4,14 @@ The source computes in JAX, from the weights that were read; the result is opene
 PyTorch (an ONNX graph in onnxruntime). Both in float64.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from convert import stream, writers
+from convert.fingerprint import trained_as
 from convert.parity.limits import LIMITS
 from convert.targets import Target, open_target
 from jaxlm import model_dir
@@ -43,31 +43,8 @@ def compare(
         for path, tensor in tensors.items()
     }
     options = Options(rungs=RUNGS, seed=seed, length=LENGTH)
-    run = decoder_run(_trained_as(config, written.config))
+    run = decoder_run(trained_as(config, written.config))
     return compare_decoders(run, params, written.decoder.cpu(), options, *names)
-
-
-def _trained_as(config: ModelConfig, other: ModelConfig) -> ModelConfig:
-    """The configuration with what says nothing about the forward pass taken from the other.
-
-    Most formats have no place for what only training sees, for sizes that no layer has, or for how a cycle is spelled.
-    """
-    moe = {
-        name: getattr(other.moe, name)
-        for name in ("balance", "balance_coef", "router_z_coef", "capacity_factor")
-    }
-    same: dict[str, Any] = {name: getattr(other, name) for name in ("dropout", "init", "init_std")}
-    layers = range(config.n_layers)
-    if all(map(config.is_moe, layers)):
-        same["d_ff"] = other.d_ff
-    if [config.window(i) for i in layers] == [other.window(i) for i in layers]:
-        same["windows"] = other.windows
-    if config.moe.n_experts == other.moe.n_experts == 0:
-        return dataclasses.replace(config, **same, moe=other.moe)
-    moe["d_ff"] = other.moe.d_ff if config.expert_d_ff == other.expert_d_ff else config.expert_d_ff
-    if [config.is_moe(i) for i in layers] == [other.is_moe(i) for i in layers]:
-        moe["pattern"] = other.moe.pattern
-    return dataclasses.replace(config, **same, moe=dataclasses.replace(config.moe, **moe))
 
 
 def export_and_prove(target: Target, out: Path, seed: int = 0) -> "Report":

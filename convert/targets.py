@@ -1,6 +1,7 @@
 """A TARGET of a command line, opened: whatever holds a model, in our names and layouts.
 
-    run       a run directory: orbax checkpoints, or torchref's where PyTorch trained it
+    run       a run directory: orbax checkpoints, or torchref's where PyTorch trained it; one that trained an adapter
+              (LoRA) is its base with the adapter merged
     jaxlm     a model directory in jaxlm's layouts, as `python -m convert import` writes it
     torch     a torchref checkpoint: the same names, [out, in]
     hf        a Hugging Face directory of a family that is known here
@@ -12,23 +13,30 @@ Weights are read when they are first asked for, tensor by tensor where the forma
 earlier than they are needed.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from convert import adapter_files
+from convert.adapter_files import OpenedAdapter
 from convert.checkpoints import CHECKPOINTS, chosen
+from convert.contents import Contents, Moments, TargetError
+from convert.fingerprint import sketch
 from convert.kept import kept
+from convert.rules import ConversionError
+from convert.run_contents import BaseFacts, bare_adapter, base_facts, is_lora, of_lora_run, of_run
 from convert.specials import Specials, of_files, of_tokenizer
 from jaxlm.config import InputError, ModelConfig, RunConfig, load
 from jaxlm.json_file import read_object
 from jaxlm.model_dir import CONFIG, INDEX, WEIGHTS, open_weights, read_manifest, weight_map
-from jaxlm.run_dir import RunDir
 from jaxlm.tensor_file import Lazy, open_file, read_header
 from jaxlm.tokenizer import Tokenizer
+from jaxlm.tune_config import TuneRun, load_run
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -45,33 +53,6 @@ _EXPECTED = (
 )
 
 
-class TargetError(InputError):
-    """A path that is no target, or lacks what was asked of it."""
-
-
-@dataclass(frozen=True)
-class Moments:
-    """AdamW's state in our names: what a run needs beside the weights to go on."""
-
-    m: Mapping[str, Lazy]  # running mean of the gradients
-    v: Mapping[str, Lazy]  # running mean of their squares
-    step: int  # updates made, which bias corrections count; skipped ones are none
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What a target holds, unread: weights in our names, and what else its format carries."""
-
-    tensors: Mapping[str, Lazy]
-    moments: Moments | None = None
-    raw: dict[str, Any] | None = None  # Hugging Face's config.json
-    carried: Mapping[str, Path] = field(default_factory=dict)  # tokenizer and generation files of that format
-    tokenizer: Tokenizer | None = None  # where the format holds one of its own
-    specials: Specials | None = None  # likewise
-    notes: tuple[str, ...] = ()
-    family: str | None = None  # of a Hugging Face directory
-
-
 @dataclass(frozen=True)
 class Target:
     """An opened target: what it is, and on demand its tokenizer and its weights for either framework."""
@@ -81,7 +62,25 @@ class Target:
     run: RunConfig | None  # None for anything but a run
     checkpoint: str  # latest or best, of a run
     kind: Kind = "torch"
-    foreign: Contents | None = None  # of formats whose configuration cannot be had without opening them
+    # Of formats whose configuration cannot be had without opening them, and of what an adapter was merged into.
+    foreign: Contents | None = None
+    merged: tuple[str, ...] = ()  # adapters in it, beside that of a run: where they lie
+
+    @functools.cached_property
+    def base(self) -> "Target":
+        """Of a LoRA run: the model that its adapter belongs to. Raises TargetError where it is gone."""
+        assert isinstance(self.run, TuneRun)
+        tune, facts = self.run.tune, base_facts(self.path)
+        names = (tune.base, "" if facts is None else facts.base)
+        found = next((name for name in names if name and Path(name).exists()), None)
+        if found is None:
+            raise TargetError(
+                f"{self.path} holds an adapter of {tune.base}, which does not exist: bring it back, or write where it "
+                f"is now as tune.base into {self.path / CONFIG}"
+            )
+        _require_end(self.path)
+        base = open_target(found, tune.checkpoint, optimizer=False)
+        return _with_all(base, () if facts is None else facts.merged)
 
     @functools.cached_property
     def _chosen(self) -> tuple[str, Any]:
@@ -95,6 +94,8 @@ class Target:
         Of a run that both frameworks trained, the later step is the latest and the lower loss the best. Raises
         InputError where a run's checkpoints are damaged.
         """
+        if self.foreign is not None or is_lora(self.run):
+            return None
         if self.run is None:
             return self.path if self.kind == "torch" else None
         framework, which = self._chosen
@@ -106,6 +107,8 @@ class Target:
         if self.foreign is not None and self.foreign.tokenizer is not None:
             return self.foreign.tokenizer
         path = (self.path if self.path.is_dir() else self.path.parent) / "tokenizer.json"
+        if not path.is_file() and is_lora(self.run):
+            return self.base.tokenizer
         if not path.is_file():
             raise TargetError(
                 f"{self.path} has no tokenizer.json; copy there the one that the model was trained with"
@@ -115,25 +118,56 @@ class Target:
     @functools.cached_property
     def specials(self) -> Specials:
         """Which ids start, end and pad, and the chat template: as its files say, or as the tokenizer's names do."""
-        if self.run is None:
-            try:
-                found = self.contents.specials or of_files(self.contents.raw, self.contents.carried)
-            except ValueError as error:
-                raise TargetError(str(error)) from None
-            if found is not None:
-                return found
+        try:
+            found = of_files(*kept(self.path)) if self.run is not None else self._said
+        except ValueError as error:
+            raise TargetError(str(error)) from None
+        if found is not None:
+            return found
         try:
             return of_tokenizer(self.tokenizer)
         except InputError:
             return Specials()
+
+    @property
+    def family(self) -> str:
+        """The Hugging Face class that the model is opened with, '' where there is none."""
+        from convert.hf.express import require_family
+
+        try:
+            return self.contents.family or require_family(self.config).name
+        except ConversionError:
+            return ""
+
+    @property
+    def facts(self) -> BaseFacts:
+        """What the model is known by, as the base of an adapter."""
+        return BaseFacts(self.family, sketch(self.contents.tensors), str(self.path.resolve()), self.merged)
+
+    @property
+    def adapter(self) -> OpenedAdapter:
+        """The bare adapter of a LoRA run; needs the base only where the run has no base.json.
+
+        Raises ConversionError where this is no such run, or the factors hold NaN or infinity.
+        """
+        if not isinstance(self.run, TuneRun) or not is_lora(self.run):
+            raise ConversionError(f"{self.path} has no adapter: it is no adapter, and no LoRA run")
+        known = base_facts(self.path) or self.base.facts
+        return bare_adapter(self.run, self.path, self.checkpoint, known)
+
+    @property
+    def _said(self) -> Specials | None:
+        return self.contents.specials or of_files(self.contents.raw, self.contents.carried)
 
     @functools.cached_property
     def contents(self) -> Contents:
         """Weights in our names, unread where the format allows, with what else it holds."""
         if self.foreign is not None:
             return self.foreign
+        if isinstance(self.run, TuneRun) and is_lora(self.run):
+            return of_lora_run(self.run, self.path, self.checkpoint, self.base.config, self.base.contents)
         if self.run is not None and self.torch_weights is None:
-            return _of_run(self.run, RunDir(self.path).checkpoints, self._chosen[1])
+            return of_run(self.run, self.path, self._chosen[1])
         if self.kind == "jaxlm":
             return _of_jaxlm(self.path, self.config)
         if self.kind == "pt":
@@ -179,15 +213,15 @@ def open_target(path: str | Path, checkpoint: str = "latest", optimizer: bool = 
         inside = [p for p in sorted(path.iterdir()) if p.suffix in (".gguf", ".pt")]
         if len(inside) == 1:
             return _open_single(inside[0], checkpoint, optimizer)
-        if (path / "adapter.json").is_file() or (path / "adapter_config.json").is_file():
-            raise TargetError(f"{path} is an adapter, not a model: export its base with --adapter {path}")
+        if adapter_files.is_adapter(path) or adapter_files.is_peft(path):
+            return _open_adapted(path)
         raise TargetError(f"{path} has no config.json; {_EXPECTED}")
     try:
         facts = read_object(config)
     except (OSError, ValueError) as error:
         raise TargetError(f"{config} cannot be read: {error}") from None
     if "model" in facts:
-        run = load(RunConfig, config)
+        run = load_run(config)
         return Target(path, run.model, run, checkpoint, "run")
     if "model_type" in facts or "architectures" in facts:
         return _open_hf(path, checkpoint)
@@ -202,6 +236,77 @@ def open_target(path: str | Path, checkpoint: str = "latest", optimizer: bool = 
     if (path / WEIGHTS).is_file() and (path / INDEX).is_file():
         raise TargetError(f"{path} has both {WEIGHTS} and {INDEX}; take away the one that is not the model's")
     return Target(path, load(ModelConfig, config), None, checkpoint, layout_of(path))
+
+
+def with_adapter(target: Target, opened: OpenedAdapter) -> Target:
+    """The target with W + scale * a @ b in the place of W, computed when a weight is read.
+
+    Raises ConversionError where the adapter does not fit, or belongs to another model.
+    """
+    contents, facts = target.contents, opened.facts
+    what = f"{opened.path} is an adapter for another model than {target.path}"
+    adapter_files.require_base(facts, what, target.config, contents.tensors, target.kind == "gguf")
+    tensors = adapter_files.with_adapter(contents.tensors, opened.factors, facts.adapter)
+    notes = (*contents.notes, f"merged with the adapter in {opened.path}")
+    contents = dataclasses.replace(contents, tensors=tensors, moments=None, notes=notes)
+    merged = (*target.merged, str(opened.path.resolve()))
+    return dataclasses.replace(target, foreign=contents, merged=merged)
+
+
+def read_adapter(path: Path, base: Target | None) -> OpenedAdapter:
+    """An adapter of ours, of a LoRA run (its newest checkpoint), or by peft, which needs the model it belongs to.
+
+    Raises ConversionError where it is none, not of this model, or holds NaN or infinity.
+    """
+    if adapter_files.is_adapter(path):
+        return adapter_files.read_ours(path)
+    if adapter_files.is_peft(path):
+        if base is None:
+            raise ConversionError(
+                f"{path} is an adapter by peft; name the model it belongs to with --base TARGET"
+            )
+        return adapter_files.read_peft(path, base.config, base.family)
+    if (path / CONFIG).is_file():
+        return open_target(path, optimizer=False).adapter
+    raise ConversionError(f"{path} holds neither adapter.json nor adapter_config.json: it is no adapter")
+
+
+def _open_adapted(path: Path) -> Target:
+    """An adapter directory whose files say where its model is: that model, with the adapter merged."""
+    base, checkpoint, merged = adapter_files.base_of(path)
+    if not base or not Path(base).exists():
+        gone = f" (it was made for {base}, which is not there)" if base else ""
+        raise TargetError(
+            f"{path} is an adapter, not a model{gone}: give its model as the target, with --adapter {path}"
+        )
+    _require_end(path)
+    return _with_all(open_target(base, checkpoint, optimizer=False), (*merged, str(path.resolve())))
+
+
+def _require_end(path: Path) -> None:
+    """Raises TargetError where the bases of adapters lead back to one of them."""
+    seen: list[Path] = []
+    while path.resolve() not in seen:
+        seen.append(path.resolve())
+        run = load_run(path / CONFIG) if adapter_files.is_run(path) else None
+        if isinstance(run, TuneRun) and is_lora(run):
+            following = run.tune.base
+        elif adapter_files.is_adapter(path) or adapter_files.is_peft(path):
+            following = adapter_files.base_of(path)[0]
+        else:
+            return
+        if not following:
+            return
+        path = Path(following)
+    raise TargetError(f"{path} is an adapter whose base, by way of {len(seen)} adapters, is itself")
+
+
+def _with_all(target: Target, adapters: tuple[str, ...]) -> Target:
+    """The target with those of the adapters merged, one after the other, that are not in it yet."""
+    for name in adapters:
+        if name not in target.merged:
+            target = with_adapter(target, read_adapter(Path(name), target))
+    return target
 
 
 def layout_of(directory: Path) -> Literal["jaxlm", "torch"]:
@@ -293,26 +398,6 @@ def _open_single(path: Path, checkpoint: str, optimizer: bool) -> Target:
         contents = Contents(tensors, moments=moments, notes=tuple(found.notes))
         return Target(path, found.config, None, checkpoint, "gptoss", contents)
     raise TargetError(f"{path} is a file of no known kind; {_EXPECTED}")
-
-
-def _of_run(run: RunConfig, directory: Path, which: Any) -> Contents:
-    """An orbax checkpoint on one device, whatever mesh saved it."""
-    import jax
-
-    from jaxlm import optim
-    from jaxlm.checkpoint import Checkpoints
-    from jaxlm.engine import restore_state
-
-    state, _ = restore_state(run, Checkpoints(directory), which)
-    adam = optim.moments(state.opt_state)
-    params = {path: Lazy.of(np.asarray(x), str(directory)) for path, x in state.params.items()}
-    wide = {path for path, x in adam.v.items() if isinstance(x, jax.Array)}
-    if wide != params.keys():
-        others = len(params) - len(wide)
-        note = f"{others} parameters have Muon's momentum or moments in 8 bits; no other format takes the optimizer"
-        return Contents(params, notes=(note,))
-    m, v = ({path: Lazy.of(np.asarray(x), str(directory)) for path, x in slot.items()} for slot in adam)
-    return Contents(params, Moments(m, v, int(state.step - state.guard.skipped)))
 
 
 def _of_jaxlm(path: Path, config: ModelConfig) -> Contents:

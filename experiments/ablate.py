@@ -35,6 +35,7 @@ from jaxlm.data.shards import open_shards
 from jaxlm.host_memory import keep_memory
 from jaxlm.presets import PRESETS, preset
 from jaxlm.run_dir import RunDir, environment
+from jaxlm.tune_config import TuneRun
 from jaxlm.variants import Variant, make_variants, parse_axes
 
 if TYPE_CHECKING:
@@ -103,8 +104,14 @@ def open_base(options: AblateOptions) -> Base:
             raise ConfigError(
                 f"{name} is a model, which does not say how to train it: give it --steps 0, or a run"
             )
+        if isinstance(target.run, TuneRun) and options.steps != 0:
+            raise ConfigError(
+                f"{name} is a run of fine-tuning, and ablations train on text: give it --steps 0, or a run of "
+                "experiments.pretrain"
+            )
         length = min(TrainConfig().seq_len, target.config.context)
-        run = target.run or RunConfig(target.config, train=TrainConfig(seq_len=length))
+        plain = RunConfig(target.config, train=TrainConfig(seq_len=length))
+        run = plain if target.run is None or isinstance(target.run, TuneRun) else target.run
     else:
         raise ConfigError(
             f"{name!r} is neither a preset{nearest(name, PRESETS)} nor a path; presets are {', '.join(PRESETS)}"

@@ -16,7 +16,8 @@ HELP = """\
 :k N         choose among the N likeliest, 0 = all :system TEXT   system message; without text, none
 :p X         nucleus: share of probability, 1 = all :think        begin answers with a thought, on or off
 :greedy      always the likeliest token, on or off :reset         forget the conversation
-:seed N      of the noise                          :help   :q     Ctrl-C stops an answer, Ctrl-D leaves"""
+:seed N      of the noise                          :adapter NAME  which one answers; without name, none
+:help   :q   Ctrl-C stops an answer, Ctrl-D leaves"""
 PROMPT = "> "
 _VALUES: dict[str, tuple[str, type, str]] = {
     ":t": ("temperature", float, "a number"),
@@ -41,6 +42,7 @@ class Dialogue:
             ":system": self._system,
             ":think": self._think,
             ":reset": self._reset,
+            ":adapter": self._adapter,
             ":help": lambda _: say(HELP),
         }
 
@@ -140,6 +142,10 @@ class Dialogue:
         self._need_chat(":think")
         self.thinking = not self.thinking
         say(f"think = {self.thinking}")
+
+    def _adapter(self, name: str) -> None:
+        self.sampler.use(name)
+        say(f"adapter = {name or None}")
 
     def _reset(self, _: str) -> None:
         self.turns.clear()

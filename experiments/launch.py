@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jaxlm.config import ConfigError, RunConfig, load
+from jaxlm.config import ConfigError, RunConfig
 from jaxlm.run_dir import RunDir, open_run
 from jaxlm.supervise import LaunchConfig, begin, supervise, worker
+from jaxlm.tune_config import load_run
 
 
 def launch(module: str, argv: list[str], settings: LaunchConfig, framework: str, path: Path) -> int:
@@ -41,4 +42,4 @@ def open_together(
         return open_run(path, run, resume)
     opened = open_run(path, run, resume) if others.is_main() else None
     resumed = others.agree("resumed", opened is not None and opened[2])
-    return opened or (RunDir(path), load(RunConfig, RunDir(path).config), resumed)
+    return opened or (RunDir(path), load_run(RunDir(path).config), resumed)

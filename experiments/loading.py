@@ -68,9 +68,18 @@ def load_model(target: Target, framework: Framework, dtype: Dtype, quant: Quant 
 
 def _load_jax(target: Target, dtype: Dtype, quant: Quant) -> Any:
     import jax
-    import jax.numpy as jnp
 
     from jaxlm.decode_form import for_decoding
+
+    model = load_split(target, dtype, quant)
+    return model if jax.default_backend() == "cpu" else for_decoding(model)
+
+
+def load_split(target: Target, dtype: Dtype, quant: Quant) -> Any:
+    """A model of jaxlm (jaxlm.model.Split) with the parameters' own names, before it is laid out for decoding."""
+    import jax
+    import jax.numpy as jnp
+
     from jaxlm.model import Split, abstract_model
     from jaxlm.train import cast_params
 
@@ -87,8 +96,7 @@ def _load_jax(target: Target, dtype: Dtype, quant: Quant) -> Any:
         cast = cast_params(plain, jnp.dtype(dtype))
         if dtype != "float64":  # what cast_params keeps wide is float64 at most in the files
             cast = {k: v.astype(jnp.float32) if v.dtype == jnp.float64 else v for k, v in cast.items()}
-    model = Split(model.graphdef, model.params | cast)
-    return model if jax.default_backend() == "cpu" else for_decoding(model)
+    return Split(model.graphdef, model.params | cast)
 
 
 def _load_torch(target: Target, dtype: Dtype, quant: Quant) -> Any:

@@ -1,6 +1,7 @@
 """Says what a training run or decoding needs before anyone rents a GPU: memory, time, tokens, disk, collectives.
 
     python -m experiments.plan astragpt-7b --device h200 --mesh fsdp=8 --batch 16 --seq 2048 --train.accumulation 1
+    python -m experiments.plan astragpt-7b --lora.rank 16 --quant nf4 --mesh data=2 --device l4 --train.remat block
     python -m experiments.plan gptoss --mesh fsdp=2,expert=4 --batch 64 --tokens 10e9 --mfu 0.35
     python -m experiments.plan astragpt-7b --decode --quant nf4 --slots 2048    (--decode --help lists its options)
 
@@ -9,23 +10,27 @@ version, with --no-deps; no GPU is needed), the real step is compiled for the de
 stand beside. --batch and --seq are short for --train.batch-size and --train.seq-len.
 """
 
+import dataclasses
 import importlib.metadata
 import math
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import tyro
 
+from experiments.tuning_options import LoraOptions
 from jaxlm.cli import main_guard, parse
 from jaxlm.config import ConfigError, ModelConfig, RunConfig, require
 from jaxlm.count import active_param_count, param_count
-from jaxlm.estimate import USABLE, Device, budget, device, expected_collectives, memory
+from jaxlm.estimate import USABLE, Device, Memory, budget, device, expected_collectives, memory
+from jaxlm.estimate_lora import factor_count, tuned_budget, tuned_memory
 from jaxlm.presets import PRESETS, preset
+from jaxlm.tune_config import Quant, TuneConfig, TuneRun
 
 SHORT = {"--batch": "--train.batch-size", "--seq": "--train.seq-len"}
-COMPILED_FOR = ("h200", "h100", "a100-80", "a100-40")
+COMPILED_FOR = ("h200", "h100", "a100-80", "a100-40", "rtx4090", "l4")
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,15 @@ class PlanOptions:
     mfu: float = 0.4  # model FLOP utilisation that times are reckoned with
     tokens: float = 0.0  # tokens of the run; 0 = train.steps batches
     compile: Literal["auto", "yes", "no"] = "auto"  # compile the step; auto = where the plugin is there
+    lora: LoraOptions = field(default_factory=LoraOptions)  # train an adapter of a frozen base alone
+    quant: Quant = "none"  # of the frozen base; none = train.dtype
+
+    @property
+    def planned(self) -> TuneRun:
+        """The run as one that fine-tunes packed conversations, where there is an adapter. Raises ConfigError."""
+        values = {f.name: getattr(self.run, f.name) for f in dataclasses.fields(RunConfig)}
+        tune = TuneConfig("sft", "the preset", adapter=self.lora.adapter(), quant=self.quant)
+        return TuneRun(**values, tune=tune)
 
 
 @dataclass(frozen=True)
@@ -54,7 +68,8 @@ def main(argv: list[str]) -> int:
     if "--decode" in argv:
         return _decode([word for word in argv if word != "--decode"])
     name, options = _options(argv)
-    run, on = options.run, device(options.device)
+    tunes = options.lora.rank or options.quant != "none"
+    run, on = options.planned if tunes else options.run, device(options.device)
     require(math.isfinite(options.tokens), f"tokens={options.tokens} must be a finite number")
     tokens = int(options.tokens) or run.train.steps * run.train.batch_size * run.train.seq_len
     fits = _tell(name, run, options, on, tokens)
@@ -93,7 +108,9 @@ def _has_compiler(name: str) -> bool:
 
 def _tell(name: str, run: RunConfig, options: PlanOptions, on: Device, tokens: int) -> bool:
     """Prints what arithmetic says; whether the step fits."""
-    one, cost, train = memory(run), budget(run, on, options.mfu, tokens), run.train
+    tuned = isinstance(run, TuneRun)
+    cost = (tuned_budget if tuned else budget)(run, on, options.mfu, tokens)  # type: ignore[arg-type]
+    one, train = _memory(run), run.train
     fits = one.peak <= USABLE * on.memory
     print(
         f"{name} on {run.mesh.size} x {options.device} (mesh {run.mesh}), {cost.tokens_per_step:,} tokens per step "
@@ -101,9 +118,15 @@ def _tell(name: str, run: RunConfig, options: PlanOptions, on: Device, tokens: i
     )
     print(f"  parameters   {param_count(run.model):,}, {active_param_count(run.model):,} active")
     each = cost.flops_per_token / 1e9
-    print(
-        f"  compute      {each:.3f} GFLOP per token: forward {each / 3:.3f}, backward {2 * each / 3:.3f} (causal)"
-    )
+    if isinstance(run, TuneRun) and run.tune.adapter is not None:
+        base = run.train.dtype if run.tune.quant == "none" else run.tune.quant
+        print(
+            f"  trained      {factor_count(run.model, run.tune.adapter):,} of an adapter; the base is {base}"
+        )
+        parts = "forward and backward"
+    else:
+        parts = f"forward {each / 3:.3f}, backward {2 * each / 3:.3f}"
+    print(f"  compute      {each:.3f} GFLOP per token: {parts} (causal)")
     print(
         f"  memory       {_gb(one.peak)} of {on.memory / 1e9:.0f} GB per device: "
         + ("fits" if fits else f"does NOT fit ({USABLE:.0%} is usable)")
@@ -127,10 +150,9 @@ def _tell(name: str, run: RunConfig, options: PlanOptions, on: Device, tokens: i
             f"  time         {cost.tokens_per_second:,.0f} tokens/s at {options.mfu:.0%} MFU, "
             f"{cost.hours:,.1f} hours for {tokens:,} tokens"
         )
-    sparse = " active" if run.model.moe.n_experts else ""
-    print(
-        f"  optimum      {cost.optimal_tokens / 1e9:,.1f} G tokens: 20 per{sparse} parameter (arXiv:2203.15556)"
-    )
+    if not tuned:
+        sparse, billions = " active" if run.model.moe.n_experts else "", cost.optimal_tokens / 1e9
+        print(f"  optimum      {billions:,.1f} G tokens: 20 per{sparse} parameter (arXiv:2203.15556)")
     print(
         f"  disk         {_gb(cost.disk)}: {train.keep} newest checkpoints and the best, {_gb(cost.checkpoint)} each; "
         "one more while it is written"
@@ -154,11 +176,9 @@ def _tell_compiled(run: RunConfig, name: str, on: Device) -> bool:
     print(
         f"  compiled     {_gb(found.peak_bytes)} per device: "
         + ("fits" if fits else "does NOT fit")
-        + f"; the estimate is off by {memory(run).peak / found.peak_bytes - 1:+.1%}"
+        + f"; the estimate is off by {_memory(run).peak / found.peak_bytes - 1:+.1%}"
     )
-    print(
-        f"    state             {_gb(found.state_bytes)} if divided evenly, {_gb(found.argument_bytes)} with the batch"
-    )
+    print(f"    state             {_gb(found.state_bytes)}, {_gb(found.argument_bytes)} with the batch")
     print(f"    temporary         {_gb(found.temporary_bytes)}")
     print(
         "    collectives       "
@@ -167,6 +187,10 @@ def _tell_compiled(run: RunConfig, name: str, on: Device) -> bool:
     if unexpected:
         print(f"    not expected      {', '.join(unexpected)}")
     return fits
+
+
+def _memory(run: RunConfig) -> Memory:
+    return tuned_memory(run) if isinstance(run, TuneRun) else memory(run)
 
 
 def _gb(size: float) -> str:

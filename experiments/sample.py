@@ -4,11 +4,12 @@
     python -m experiments.sample runs/quickstart --chat --prompt "What is a cache?" --system "Be brief."
     python -m experiments.sample runs/quickstart --file prompts.txt --lines --samples 4 --json > answers.jsonl
     echo "import os" | python -m experiments.sample runs/quickstart --greedy --framework torch
+    python -m experiments.sample runs/base --adapter brief=runs/a --adapter long=peft/b --prompt "What is a cache?"
 
 One answer is written as it comes, after its prompt (with --chat, alone). Several are decoded together; each follows its
-prompt, and a line of --- stands between them; with --json each is an object on a line of its own. Without --prompt the
-prompt is read from standard input (a byte order mark and one line end at its close are not part of it); on a terminal
-this is a dialogue. A text that begins with - is given as --prompt=-x.
+prompt, and a line of --- stands between them (of several adapters, `--- NAME` before each); with --json each is an
+object on a line of its own. Without --prompt the prompt is read from standard input (a byte order mark and one line end
+at its close are not part of it); on a terminal this is a dialogue. A text that begins with - is given as --prompt=-x.
 TARGET is a run, a model directory with its tokenizer (of jaxlm, torchref, Hugging Face) or a .gguf.
 """
 
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> int:
 
             return Dialogue(sampler).run()
         rows = [ids_of(sampler, prompt) for prompt in prompts]
-        if options.json or len(rows) > 1 or options.samples > 1:
+        if options.json or len(rows) > 1 or options.samples > 1 or len(sampler.adapters) > 1:
             write_all(sampler, prompts, rows)
         else:
             write(sampler, rows[0], opening(sampler) if options.chat else prompts[0])
@@ -130,16 +131,20 @@ def opening(sampler: Sampler) -> str:
 
 
 def write_all(sampler: Sampler, prompts: Sequence[str], rows: Sequence[Sequence[int]]) -> None:
-    """All answers, when all are there."""
-    meter = Meter()
-    answers = sampler.complete(rows, meter)
-    done = [c._replace(prompt=prompt) for prompt, of_one in zip(prompts, answers) for c in of_one]
-    meter.tokens = sum(len(completion.ids) for completion in done)
-    for n, completion in enumerate(done):
-        put(as_json(completion) if sampler.options.json else BETWEEN * (n > 0) + as_text(sampler, completion))
-    if not all(math.isfinite(x) for completion in done for x in (*completion.logprobs, completion.score)):
-        say("warning: the model gives NaN or infinite logits")
-    meter.report()
+    """All answers of the model, or of each of several adapters, when all are there."""
+    for name in sampler.adapters or ("",):
+        sampler.use(name)
+        meter = Meter()
+        answers = sampler.complete(rows, meter)
+        done = [c._replace(prompt=prompt) for prompt, of_one in zip(prompts, answers) for c in of_one]
+        meter.tokens = sum(len(completion.ids) for completion in done)
+        for n, completion in enumerate(done):
+            between = f"--- {name}\n" if name else BETWEEN * (n > 0)
+            text = as_json(completion, name) if sampler.options.json else as_text(sampler, completion)
+            put(text if sampler.options.json else between + text)
+        if not all(math.isfinite(x) for completion in done for x in (*completion.logprobs, completion.score)):
+            say("warning: the model gives NaN or infinite logits")
+        meter.report()
 
 
 def as_text(sampler: Sampler, completion: Completion) -> str:
@@ -148,10 +153,11 @@ def as_text(sampler: Sampler, completion: Completion) -> str:
     return f"{completion.prompt}{between}{completion.text}\n"
 
 
-def as_json(completion: Completion) -> str:
-    """An answer as one line of JSON; what is not finite is null."""
+def as_json(completion: Completion, adapter: str = "") -> str:
+    """An answer as one line of JSON, with the adapter where several have names; what is not finite is null."""
     finite = [x if math.isfinite(x) else None for x in (*completion.logprobs, completion.score)]
     values = completion._asdict() | {"logprobs": finite[:-1], "score": finite[-1]}
+    values |= {"adapter": adapter} if adapter else {}
     return json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n"
 
 

@@ -13,7 +13,8 @@ import tyro
 
 from convert.targets import Target
 from experiments.cli import say
-from experiments.loading import Dtype, Framework, Quant, TargetPath, load_model
+from experiments.loading import Dtype, Framework, Quant, TargetPath
+from experiments.sampler_adapters import Switch, with_adapters
 from jaxlm.chat import Chat
 from jaxlm.config import ConfigError
 from jaxlm.sampling import Answer, Sampling
@@ -59,6 +60,7 @@ class SampleOptions:
     dtype: Dtype = "float32"  # of the computation
     quant: Quant = "none"  # weights rounded to this before anything is computed
     checkpoint: Literal["latest", "best"] = "latest"  # of a run: newest, or lowest validation loss
+    adapter: Texts = ()  # LoRA adapter (ours, peft's, a run) to merge: DIR; NAME=DIR, repeated, answers with each
 
 
 def settings_of(options: SampleOptions, stop: tuple[int, ...]) -> Sampling:
@@ -80,9 +82,12 @@ class Sampler:
     """An opened target: text in, text out. The weights are read when they are first needed."""
 
     def __init__(self, target: Target, options: SampleOptions):
+        target, adapters = with_adapters(target, options.adapter)
         self.target, self.options = target, options
         self.tokenizer, self.config = target.tokenizer, target.config
-        self._model: Any = None
+        self._switch = Switch(target, adapters, options.framework, options.dtype, options.quant)
+        self.adapters = tuple(adapters)  # names of those that can be chosen
+        self.adapter = next(iter(adapters), "")  # the name of the one that answers; '' = the model as it is
         self.chatting = options.chat  # whether the end of a turn ends an answer
         specials = target.specials
         self.front = [specials.bos] if specials.adds_bos and specials.bos is not None else []
@@ -93,11 +98,12 @@ class Sampler:
 
     def model(self) -> Any:
         """The weights, as the chosen framework's functions take them."""
-        if self._model is None:
-            self._model = load_model(
-                self.target, self.options.framework, self.options.dtype, self.options.quant
-            )
-        return self._model
+        return self._switch.model(self.adapter)
+
+    def use(self, adapter: str) -> None:
+        """Answers with this adapter from now on; '' = with none. Raises ConfigError where there is no such name."""
+        self._switch.require(adapter)
+        self.adapter = adapter
 
     @functools.cached_property
     def chat(self) -> Chat:

@@ -43,11 +43,15 @@ def flops_per_token(model: ModelConfig, seq_len: int, causal: bool = True) -> fl
         seq_len: T, tokens per sequence.
         causal: count only what the causal mask leaves.
     """
+    seen = sum(_mean_positions(seq_len, model.window(layer), causal) for layer in range(model.n_layers))
+    return 6.0 * matmul_param_count(model) + 12.0 * model.n_heads * model.head_dim * seen
+
+
+def matmul_param_count(model: ModelConfig) -> int:
+    """Parameters that one token is multiplied with: projections, MLP or active experts, router and head."""
     layers = range(model.n_layers)
-    matmul = sum(_attention_weights(model) + _mlp_weights(model, layer) for layer in layers)
-    matmul += model.d_model * model.vocab_size
-    seen = sum(_mean_positions(seq_len, model.window(layer), causal) for layer in layers)
-    return 6.0 * matmul + 12.0 * model.n_heads * model.head_dim * seen
+    inside = sum(_attention_weights(model) + _mlp_weights(model, layer) for layer in layers)
+    return inside + model.d_model * model.vocab_size
 
 
 def _mean_positions(seq_len: int, window: int, causal: bool) -> float:

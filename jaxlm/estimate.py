@@ -17,7 +17,8 @@ LEAST_BLOCK, MOST_BLOCKS = 128, 4
 KERNEL_TILES, GPU_TILES, GPU_CHUNK = (128, 64, 32, 16), (256, 64, 16), 16
 TOKENS_PER_PARAM = 20  # arXiv:2203.15556, table 3: tokens over parameters at the optimum, 20 for all sizes
 USABLE = 0.95  # share of a device's memory that a program gets: CUDA, cuDNN and NCCL keep the rest
-_SIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+# Bytes of one number.
+SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _BLOCK8 = 256  # values that share one float32 scale in 8-bit moments
 
 
@@ -86,10 +87,10 @@ def shares(run: RunConfig) -> Shares:
     """The part of one device."""
     mesh, train = run.mesh, run.train
     rows = train.batch_size // train.accumulation // (mesh.data * mesh.fsdp * mesh.expert)
-    item = _SIZE[train.dtype]
+    item = SIZES[train.dtype]
     tokens = rows * train.seq_len
     store = mesh.fsdp * mesh.expert * mesh.tensor
-    return Shares(rows, tokens, tokens * mesh.expert, store, item, max(4, item), _SIZE[train.param_dtype])
+    return Shares(rows, tokens, tokens * mesh.expert, store, item, max(4, item), SIZES[train.param_dtype])
 
 
 def memory(run: RunConfig, fused_attention: bool | None = None) -> Memory:
@@ -100,11 +101,11 @@ def memory(run: RunConfig, fused_attention: bool | None = None) -> Memory:
     one, model = shares(run), run.model
     fused = fuses_attention(run) if fused_attention is None else fused_attention
     total = param_count(model)
-    weights, moments = total * one.master / one.store, _moments(run, total) / one.store
+    weights, moments = total * one.master / one.store, moment_bytes(run, total) / one.store
     layers = [layer_activations(run, i, fused) for i in range(model.n_layers)]
     kept = [kept_activations(run, i, fused) for i in range(model.n_layers)]
     copies = _copies(run)
-    logits, head = _logits(run), model.vocab_size * model.d_model * one.item
+    logits, head = chunk_bytes(run), model.vocab_size * model.d_model * one.item
     last = model.n_layers - 1
     stream = one.tokens * model.d_model * one.item
     # When the last block's gradient is taken: what all blocks keep, all of the last one, its transients, the gradients
@@ -133,9 +134,9 @@ def fuses_attention(run: RunConfig) -> bool:
     return half and head % 8 == 0 and head <= 256 and not run.model.dropout and not run.model.attn_bias_table
 
 
-def _moments(run: RunConfig, total: int) -> float:
+def moment_bytes(run: RunConfig, total: int) -> float:
     """AdamW keeps two moments, Muon one of matrices (embeddings and head stay with AdamW)."""
-    size = {"same": _SIZE[run.train.param_dtype], "bfloat16": 2}[run.optim.moment_dtype]
+    size = {"same": SIZES[run.train.param_dtype], "bfloat16": 2}[run.optim.moment_dtype]
     if run.optim.optimizer == "adamw8bit":
         return total * 2 * (1 + 4 / _BLOCK8)
     if run.optim.optimizer == "muon":
@@ -287,10 +288,10 @@ def layer_backward(run: RunConfig, layer: int) -> float:
     return size
 
 
-def _logits(run: RunConfig) -> float:
+def chunk_bytes(run: RunConfig, head: bool = True) -> float:
     """One chunk in the computation's dtype and its gradient; the sum of the head's gradient over chunks, upcast.
 
-    A single chunk adds nothing up, and its gradient takes the place of the logits.
+    A single chunk adds nothing up, and its gradient takes the place of the logits. head: whether the head is trained.
     """
     one, V = shares(run), run.model.vocab_size
     fitting = CHUNK_BYTES // (one.item * V)
@@ -299,7 +300,9 @@ def _logits(run: RunConfig) -> float:
     if chunks == 1:
         return float(tokens * V * one.item)
     columns = V + -V % LANES
-    return float(2 * -(-tokens // chunks) * columns * one.item + run.model.d_model * columns * one.wide)
+    return float(
+        2 * -(-tokens // chunks) * columns * one.item + head * run.model.d_model * columns * one.wide
+    )
 
 
 class Budget(NamedTuple):
@@ -328,7 +331,7 @@ def budget(run: RunConfig, on: Device, mfu: float, tokens: int) -> Budget:
     half = run.train.dtype in ("bfloat16", "float16")
     rate = on.peak * mfu * run.mesh.size / each if half else None
     total = param_count(run.model)
-    checkpoint = total * _SIZE[run.train.param_dtype] + _moments(run, total)
+    checkpoint = total * SIZES[run.train.param_dtype] + moment_bytes(run, total)
     return Budget(
         each,
         run.train.batch_size * run.train.seq_len,

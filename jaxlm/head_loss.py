@@ -111,6 +111,38 @@ def _backward(options: Options, saved: tuple[Any, Any], cotangent: Sums) -> tupl
 head_loss.defvjp(_forward, _backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def head_log_probs(
+    chunk_logits: int | None,
+    hidden: Float[Array, "P D"],
+    weight: Float[Array, "D V"],
+    bias: Float[Array, " V"] | None,
+    targets: Int[Array, " P"],
+) -> Float[Array, " P"]:
+    """Log-probability of each target, in nats. Its cotangents are many, so the backward pass makes the logits again."""
+    options, none = Options(0.0, chunk_logits, False), jnp.zeros(targets.shape, hidden.dtype)
+    return -_by_platform(options, False, hidden, weight, bias, targets, none)[0].cross_entropy
+
+
+def _log_probs_forward(chunk_logits: int | None, *inputs: Any) -> tuple[Array, tuple[Any, ...]]:
+    return head_log_probs(chunk_logits, *inputs), inputs
+
+
+def _log_probs_backward(
+    chunk_logits: int | None, inputs: tuple[Any, ...], cotangent: Array
+) -> tuple[Any, ...]:
+    # The gradient of sum_t c_t log p_t is the loss's, with the mask -c.
+    _, gradients = _by_platform(Options(0.0, chunk_logits, False), True, *inputs, -cotangent)
+    of_parameters = (
+        None if like is None else gradient.astype(like.dtype)
+        for gradient, like in zip(gradients, inputs[:3], strict=True)
+    )
+    return (*of_parameters, None)
+
+
+head_log_probs.defvjp(_log_probs_forward, _log_probs_backward)
+
+
 def _sums(options: Options, tokens: _Tokens, mask: Array) -> Sums:
     cross_entropy, z, entropy = (
         jnp.sum(x * mask.astype(x.dtype)) for x in (tokens.cross_entropy, tokens.log_z**2, tokens.entropy)

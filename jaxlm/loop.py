@@ -48,8 +48,13 @@ class Engine(Protocol):
         """One optimizer step. stop: whether this process was asked to; of several, all learn of it by a metric."""
         ...
 
+    @property
+    def evaluated(self) -> Mapping[str, float]:
+        """What the last evaluation gave beside the loss, by name of the metric."""
+        ...
+
     def evaluate(self, batches: Iterable[HostBatch]) -> float:
-        """Mean cross-entropy in nats per token over all batches."""
+        """Mean loss over all batches: cross-entropy in nats per token, or of a pair of answers."""
         ...
 
     def save(self, extra: dict[str, Any], metric: float | None) -> None:
@@ -253,10 +258,11 @@ class _Loop:
     def _checkpoint(self, evaluating: bool) -> None:
         self._settle()
         with self.report.meter.paused():
-            extra = {}
+            extra: dict[str, float] = {}
             if evaluating and self.validation:
                 self.val_loss = self.engine.evaluate(self.validation)
-                self.best, extra = min(self.best, self.val_loss), {"val_loss": self.val_loss}
+                self.best = min(self.best, self.val_loss)
+                extra = {"val_loss": self.val_loss, **self.engine.evaluated}
             self._flush(**extra)
             self.saver.save({"loader": self.loader.get_state(), "best": self.best}, extra.get("val_loss"))
             _after(self.outputs.on_checkpoint)
@@ -317,4 +323,4 @@ def _after(callback: Callable[[], None] | None) -> None:
     try:
         callback()
     except Exception as error:  # a plot must never end a run
-        print(f"plots were not drawn: {error}", flush=True)
+        print(f"after the checkpoint, plots or answers failed: {error}", flush=True)

@@ -54,6 +54,7 @@ POLICY: tuple[Line, ...] = (
     Line(r".*\.moe\.experts\.(gate_up|up|down)_bias", "experts", "never", False),
     Line(r".*\.moe\.(router|shared_gate)\.weight", "router", "matrix", False),
     Line(r".*\.moe\.(router|shared_gate)\.bias", "router", "never", False),
+    Line(r".*\.lora_[ab]", "adapter", "matrix", False),
     Line(r"lm_head\.weight", "head", "matrix", False),
     Line(r"lm_head\.bias|head_bias", "head", "never", False),
 )

@@ -9,6 +9,7 @@ JAX_PLATFORMS=cuda,cpu must be set before jax is imported; `experiments.plan` do
 """
 
 import importlib.metadata
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ from jaxlm.attention import init_cache
 from jaxlm.config import ConfigError, MeshConfig, ModelConfig, RunConfig
 from jaxlm.decode_form import abstract_for_decoding
 from jaxlm.estimate import DEVICES, fuses_attention
+from jaxlm.finetune.tasks import task_of
 from jaxlm.generate import lower_greedy
 from jaxlm.grouped import SLICES
 from jaxlm.hlo import collectives
@@ -29,7 +31,8 @@ from jaxlm.model import abstract_model
 from jaxlm.optim import Scalars
 from jaxlm.quant import abstract_quantized
 from jaxlm.sharding import batch_sharding, replicated
-from jaxlm.train import make_train_step, state_shapes, state_shardings
+from jaxlm.train import Task, frozen_shardings, make_train_step, state_shapes, state_shardings
+from jaxlm.tune_config import TuneRun
 
 
 class Target(NamedTuple):
@@ -48,6 +51,8 @@ TARGETS: dict[str, Target] = {
     "h100": Target((9, 0), 132, 233_472, 3.35e12, 52_428_800, 1.98),
     "a100-80": Target((8, 0), 108, 167_936, 2.039e12, 41_943_040, 1.41),
     "a100-40": Target((8, 0), 108, 167_936, 1.555e12, 41_943_040, 1.41),
+    "rtx4090": Target((8, 9), 128, 102_400, 1.008e12, 75_497_472, 2.52),
+    "l4": Target((8, 9), 58, 102_400, 3.0e11, 50_331_648, 2.04),
 }
 H200_BYTES = DEVICES["h200"].memory
 CUDNN_VERSION = 91900
@@ -57,7 +62,7 @@ class Compiled(NamedTuple):
     """What the compiler says of one device's share of a training step; bytes, and collectives by kind."""
 
     peak_bytes: int
-    state_bytes: int
+    state_bytes: int  # one device's part of state and frozen weights
     temporary_bytes: int
     argument_bytes: int  # the state as it lies, and the batch
     aliased_bytes: int  # of the arguments, what the results take over in place
@@ -126,12 +131,14 @@ def compile_step(run: RunConfig, device: str = "h200") -> Compiled:
     require_plugin()
     _tell_cudnn_version()
     mesh = absent_mesh(run.mesh, device)
+    task = task_of(run, gpu_backends(run))
     with jax.set_mesh(mesh):
-        step = make_train_step(run, mesh, gpu_backends(run))
-        compiled = step.lower(*step_arguments(run, mesh)).compile()
+        step = make_train_step(run, mesh, task=task)
+        arguments = step_arguments(run, mesh, task)
+        compiled = step.lower(*arguments).compile()
     memory: Any = compiled.memory_analysis()
     text = compiled.as_text() or ""
-    state = _bytes(state_shapes(run)) // run.mesh.size
+    state = sum(map(_share, jax.tree.leaves((arguments[0], arguments[3]))))
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Compiled(
         peak + memory.temp_size_in_bytes,
@@ -185,23 +192,32 @@ def _bytes(shapes: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
 
-def step_arguments(run: RunConfig, mesh: Mesh) -> tuple[Any, Any, Scalars]:
-    """State, batch and scalars of a step as shapes with their places, to lower it with."""
-    places = state_shardings(run, mesh, abstract_model(run.model))
+def _share(x: jax.ShapeDtypeStruct) -> int:
+    """Bytes of one device's part of an array."""
+    assert x.sharding is not None
+    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+
+
+def step_arguments(run: RunConfig, mesh: Mesh, task: Task | None = None) -> tuple[Any, Any, Scalars, Any]:
+    """State, batch, scalars and frozen parameters of a step as shapes with their places, to lower it with."""
+    task = task_of(run) if task is None else task
 
     def struct(shape: jax.ShapeDtypeStruct, place: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
 
-    rows = (run.train.batch_size, run.train.seq_len)
+    pairs = isinstance(run, TuneRun) and run.tune.method == "dpo"
+    rows = (run.train.batch_size, *((2,) if pairs else ()), run.train.seq_len)
     dtypes = {"inputs": jnp.int32, "targets": jnp.int32, "loss_mask": jnp.float32}
-    if run.data.packing:
+    if run.data.packing or (isinstance(run, TuneRun) and (pairs or run.tune.chat.packing)):
         dtypes |= {"segments": jnp.int32, "positions": jnp.int32}
-    batch = {
-        name: jax.ShapeDtypeStruct(rows, dtype, sharding=batch_sharding(mesh))
-        for name, dtype in dtypes.items()
-    }
+    split = batch_sharding(mesh)
+    batch = {name: jax.ShapeDtypeStruct(rows, dtype, sharding=split) for name, dtype in dtypes.items()}
+    if pairs and run.tune.reference == "stored":
+        batch["reference"] = jax.ShapeDtypeStruct(rows[:2], jnp.float32, sharding=split)
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
-    return jax.tree.map(struct, state_shapes(run), places), batch, Scalars(*(scalar,) * len(Scalars._fields))
+    state = jax.tree.map(struct, state_shapes(run, task), state_shardings(run, mesh, task))
+    frozen = jax.tree.map(struct, dict(task.frozen_shapes), frozen_shardings(mesh, task))
+    return state, batch, Scalars(*(scalar,) * len(Scalars._fields)), frozen
 
 
 def _tell_cudnn_version() -> None:

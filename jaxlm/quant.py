@@ -1,4 +1,4 @@
-"""Weight-only quantisation for inference: int8, int4 and nf4. Twin: torchref/quant.py.
+"""Weight-only quantisation: int8, int4 and nf4. Twin: torchref/quant.py.
 
     int8   one scale per output channel: w = code * absmax/127, codes -127..127            8.0 bits a weight
     int4   blocks of 64 weights: w = (code - 8) * absmax/7, codes 1..15                    4.5
@@ -17,9 +17,11 @@ flattened weight and cross rows where 64 does not divide `in`; two 4-bit codes s
 A product contracts over the last axis, the one that lies in memory one after the other. So both frameworks and
 bitsandbytes hold the same bytes. The experts of a layer are one weight.
 
-A weight is dequantised in float32 inside the call that uses it, and cast to the dtype of the activation.
+A weight is dequantised in float32 inside the call that uses it, and cast to the dtype of the activation. Gradients
+flow through activations only; the backward pass dequantises again, so that between the passes there are codes alone.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -30,14 +32,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxlm.config import ConfigError, InputError, ModelConfig, nearest
-from jaxlm.grouped import Activation, Backend, ExpertWeights
+from jaxlm.grouped import EXPERT_HIDDEN, Activation, Backend, ExpertWeights
 from jaxlm.layers import Backends, Linear, add_bias
 from jaxlm.model import Abstract, Decoder, Params, Split, abstract_model, abstract_of, merge_model
 from jaxlm.moe import Experts, apply_experts
+from jaxlm.quant_host import block_absmax, pack, quantize_absmax, rounded
 from jaxlm.shapes import Float, Int
+from jaxlm.sharding import BATCH_AXES, current_mesh_shape
 
 Kind = Literal["int8", "int4", "nf4"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -55,7 +60,6 @@ _PROJECTION = re.compile(
     r"blocks\.\d+\.(attn\.[qkvo]_proj\.weight|(mlp|moe\.shared)\.(gate|up|down)_proj\.weight"
     r"|moe\.experts\.(gate_up|up|down))"
 )
-_PIECE = 1 << 22  # weights the host quantises at once
 _SMALLEST = np.float32(1e-38)  # stands in for an absmax of zero in a quotient; bitsandbytes' choice
 
 
@@ -106,15 +110,17 @@ def quantize_tensor(weight: Float[np.ndarray, "*W O I"], kind: str) -> Quantized
     """
     _check_kind(kind)
     wide = np.ascontiguousarray(np.asarray(weight).astype(np.float32))
-    absmax = np.abs(wide).max(-1) if kind == "int8" else _absmax(wide.reshape(-1), BLOCK)
+    absmax = np.abs(wide).max(-1) if kind == "int8" else block_absmax(wide.reshape(-1), BLOCK)
     if not np.isfinite(absmax).all():
         raise InputError("a weight holds NaN or infinity and cannot be quantised")
     if kind == "int8":
         scales = absmax / np.float32(127)
-        return Quantized(_rounded(wide, scales[..., None], 127).astype(np.int8), scales)
+        return Quantized(rounded(wide, scales[..., None], 127).astype(np.int8), scales)
     if kind == "int4":
         scales = absmax / np.float32(7)
-        return Quantized(_pack(wide.reshape(-1), lambda w, at: _rounded(w, scales[at, None], 7) + 8), scales)
+        return Quantized(
+            pack(wide.reshape(-1), BLOCK, lambda w, at: rounded(w, scales[at, None], 7) + 8), scales
+        )
     levels = np.asarray(NF4_LEVELS, np.float32)
     bounds = (levels[:-1] + levels[1:]) / np.float32(2)
     inverse = np.float32(1) / np.maximum(absmax, _SMALLEST)
@@ -129,10 +135,10 @@ def quantize_tensor(weight: Float[np.ndarray, "*W O I"], kind: str) -> Quantized
             found += scaled > bound
         return found
 
-    packed = _pack(wide.reshape(-1), codes)
+    packed = pack(wide.reshape(-1), BLOCK, codes)
     if wide.size % BLOCK:
         absmax[full] = max(absmax[full], _SMALLEST)
-    return Quantized(packed, *_quantize_absmax(absmax))
+    return Quantized(packed, *quantize_absmax(absmax, dynamic_map(), NESTED_BLOCK))
 
 
 def dequantize_tensor(stored: Quantized, kind: str, shape: tuple[int, ...]) -> Float[Array, "*W O I"]:
@@ -170,10 +176,58 @@ class QuantWeight(nnx.Module):
         self.nested = None if stored.nested is None else nnx.Param(stored.nested)
         self.offset = None if stored.offset is None else nnx.Param(stored.offset)
 
-    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "*W O I"]:
+        return _dequantized(self.kind, self.shape, x, self._parts())
+
+    def product(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+        """x @ weight.T. On a mesh each device multiplies its own rows with a weight of its own."""
+        return _product(self.kind, self.shape, x, self._parts())
+
+    def _parts(self) -> Quantized:
         parts = (self.codes, self.scales, self.nested, self.offset)
-        stored = Quantized(*(None if part is None else part[...] for part in parts))
-        return dequantize_tensor(_after(x, stored), self.kind, self.shape).astype(x.dtype)
+        return Quantized(*(None if part is None else part[...] for part in parts))
+
+
+def _dequantized(kind: str, shape: tuple[int, ...], x: Array, stored: Quantized) -> Array:
+    return dequantize_tensor(_after(x, stored), kind, shape).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(kind: str, shape: tuple[int, int], x: Array, stored: Quantized) -> Array:
+    return _product_forward(kind, shape, x, stored)[0]
+
+
+def _product_forward(
+    kind: str, shape: tuple[int, int], x: Array, stored: Quantized
+) -> tuple[Array, Quantized]:
+    def multiply(x: Array, stored: Quantized) -> Array:
+        weight = _dequantized(kind, shape, x, stored)
+        if x.size == x.shape[-1]:
+            return lax.platform_dependent(x, weight, cuda=_one_row, default=_rows)
+        return _rows(x, weight)
+
+    return _by_rows(multiply, x, stored), stored
+
+
+def _product_backward(kind: str, shape: tuple[int, int], stored: Quantized, dy: Array) -> tuple[Array, None]:
+    def multiply(dy: Array, stored: Quantized) -> Array:
+        return dy @ _dequantized(kind, shape, dy, stored)
+
+    return _by_rows(multiply, dy, stored), None
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _by_rows(function: Callable[[Array, Any], Array], x: Array, whole: Any) -> Array:
+    """`function` of each device's rows and of what every device has whole; all at once without a mesh."""
+    ways = math.prod(current_mesh_shape().get(name, 1) for name in BATCH_AXES)
+    if ways == 1 or x.shape[0] % ways:
+        return function(x, whole)
+    rows = PartitionSpec(BATCH_AXES)
+    return jax.shard_map(function, in_specs=(rows, PartitionSpec()), out_specs=rows, check_vma=False)(
+        x, whole
+    )
 
 
 class QuantLinear(nnx.Module):
@@ -183,11 +237,7 @@ class QuantLinear(nnx.Module):
         self.weight, self.bias = weight, bias
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
-        weight = self.weight(x)
-        if x.size == x.shape[-1]:
-            y = lax.platform_dependent(x, weight, cuda=_one_row, default=_rows)
-        else:
-            y = _rows(x, weight)
+        y = self.weight.product(x)
         return y if self.bias is None else add_bias(y, self.bias[...])
 
 
@@ -204,7 +254,11 @@ def _one_row(x: Float[Array, "*B I"], weight: Float[Array, "O I"]) -> Float[Arra
 
 
 class QuantExperts(nnx.Module):
-    """`Experts` on quantised weights: gate_up [E, 2F, D] or up [E, F, D], and down [E, D, F]. For one device."""
+    """`Experts` on quantised weights: gate_up [E, 2F, D] or up [E, F, D], and down [E, D, F].
+
+    On a mesh every device has all experts and takes its own rows through them. Of the forward pass the hidden layer is
+    kept for the backward pass, of the weights their codes.
+    """
 
     def __init__(self, experts: Experts, up: QuantWeight, down: QuantWeight):
         gated = experts.up is None
@@ -223,6 +277,25 @@ class QuantExperts(nnx.Module):
         key: Array | None = None,
     ) -> Float[Array, "B T D"]:
         """sum_a weights[a] * MLP_{ids[a]}(x)."""
+        graphdef, state = nnx.split(self)
+
+        def run(x: Array, ids: Array, weights: Array, state: Any, key: Array | None) -> Array:
+            return nnx.merge(graphdef, state).local(x, ids, weights, key)
+
+        run = jax.checkpoint(run, policy=jax.checkpoint_policies.save_only_these_names(EXPERT_HIDDEN))
+        ways = math.prod(current_mesh_shape().get(name, 1) for name in BATCH_AXES)
+        if ways > 1 and x.shape[0] % ways == 0:
+            rows, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
+            run = jax.shard_map(
+                functools.partial(_own_key, run),
+                in_specs=(rows, rows, rows, whole, whole),
+                out_specs=rows,
+                check_vma=False,
+            )
+        return run(x, ids, weights, state, key)
+
+    def local(self, x: Array, ids: Array, weights: Array, key: Array | None = None) -> Array:
+        """The tokens of one device."""
         up, up_bias = (self.gate_up, self.gate_up_bias) if self.up is None else (self.up, self.up_bias)
         assert up is not None
 
@@ -231,6 +304,16 @@ class QuantExperts(nnx.Module):
 
         stacked = ExpertWeights(up(x).mT, cast(up_bias), self.down(x).mT, cast(self.down_bias))
         return apply_experts(self, x, ids, weights, stacked, key)
+
+
+def _own_key(
+    run: Callable[..., Array], x: Array, ids: Array, weights: Array, state: Any, key: Array | None
+) -> Array:
+    """Every device drops out by itself."""
+    if key is not None:
+        for axis in BATCH_AXES:
+            key = jax.random.fold_in(key, lax.axis_index(axis))
+    return run(x, ids, weights, state, key)
 
 
 def quantize(model: Split, kind: str) -> Split:
@@ -248,7 +331,7 @@ def quantize(model: Split, kind: str) -> Split:
         return merge_model(model.graphdef, empty)
 
     return Split(
-        abstract_of(lambda: _replace(decoder(), kind)).graphdef, _quantized(model.params, kind, None)
+        abstract_of(lambda: quantized_modules(decoder(), kind)).graphdef, _quantized(model.params, kind, None)
     )
 
 
@@ -266,6 +349,13 @@ def quantize_params(
     Raises ConfigError on an unknown kind, InputError where the tensors are not the model's or not finite.
     """
     _check_kind(kind)
+    check_tensors(config, tensors)
+    graphdef = abstract_quantized(config, kind, backends).graphdef
+    return Split(graphdef, _quantized(tensors, kind, dtype))
+
+
+def check_tensors(config: ModelConfig, tensors: Mapping[str, Any]) -> None:
+    """Raises InputError where tensors, by path, are not those of a model of this configuration."""
     expected = {path: shape.shape for path, shape in abstract_model(config).shapes.items()}
     wrong = [f"{path} is missing" for path in expected.keys() - tensors.keys()]
     wrong += [f"{path} is not the model's" for path in tensors.keys() - expected.keys()]
@@ -276,8 +366,20 @@ def quantize_params(
     ]
     if wrong:
         raise InputError(f"these tensors are not of this configuration: {'; '.join(sorted(wrong)[:5])}")
-    graphdef = abstract_quantized(config, kind, backends).graphdef
-    return Split(graphdef, _quantized(tensors, kind, dtype))
+
+
+def quantize_weight(path: str, value: Any, kind: str) -> Params:
+    """The parameters that hold a weight [in, out] once it is quantised: `path.codes`, `path.scales`, ...
+
+    Raises InputError, with its name, where it is not finite.
+    """
+    try:
+        stored = quantize_tensor(np.asarray(value).swapaxes(-1, -2), kind)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return {
+        f"{path}.{name}": jnp.asarray(part) for name, part in stored._asdict().items() if part is not None
+    }
 
 
 def abstract_quantized(
@@ -286,7 +388,7 @@ def abstract_quantized(
     """The quantised decoder for its shapes only, whatever its size; dtype: of what is not quantised. Not sharded."""
     _check_kind(kind)
     return abstract_of(
-        lambda: _replace(Decoder(config, backends, rngs=nnx.Rngs(params=0), dtype=dtype), kind)
+        lambda: quantized_modules(Decoder(config, backends, rngs=nnx.Rngs(params=0), dtype=dtype), kind)
     )
 
 
@@ -304,8 +406,8 @@ def errors(model: Split, quantized: Split) -> list[WeightError]:
     return found
 
 
-def _replace(decoder: Decoder, kind: str) -> Decoder:
-    """The decoder with quantised modules that hold zeros."""
+def quantized_modules(decoder: Decoder, kind: str) -> Decoder:
+    """The decoder itself, its projections and experts made quantised ones that hold zeros."""
 
     def empty(weight: nnx.Param | None) -> QuantWeight:
         assert weight is not None
@@ -347,13 +449,7 @@ def _quantized(tensors: Mapping[str, Any], kind: str, dtype: DTypeLike | None) -
             # Never the pages of a file.
             params[path] = kept if value is tensor else jnp.array(kept, copy=True).block_until_ready()
             continue
-        try:
-            stored = quantize_tensor(np.asarray(value).swapaxes(-1, -2), kind)
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from None
-        for name, part in stored._asdict().items():
-            if part is not None:
-                params[f"{path}.{name}"] = jnp.asarray(part)
+        params |= quantize_weight(path, value, kind)
     return params
 
 
@@ -384,74 +480,3 @@ def _kind(stored: Quantized) -> str:
 def _check_kind(kind: str) -> None:
     if kind not in KINDS:
         raise ConfigError(f"kind={kind!r} must be one of {', '.join(KINDS)}{nearest(kind, KINDS)}")
-
-
-def _absmax(flat: np.ndarray, block: int) -> np.ndarray:
-    """Largest magnitude of each block of a flat array; the last block may be shorter."""
-    full = flat.size // block * block
-    absmax = np.abs(flat[:full]).reshape(-1, block).max(-1)
-    return absmax if full == flat.size else np.append(absmax, np.abs(flat[full:]).max())
-
-
-def _rounded(weight: np.ndarray, scales: np.ndarray, largest: int) -> np.ndarray:
-    """weight/scale to the nearest integer, half to even; zero where the scale is."""
-    return np.clip(np.rint(weight / np.where(scales == 0, np.float32(1), scales)), -largest, largest)
-
-
-def _pack(flat: np.ndarray, codes: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
-    """Two codes a byte, the first in the high half; `codes` gets rows of a block each and the blocks' numbers."""
-    packed = []
-    for start in range(0, flat.size, _PIECE):
-        piece = flat[start : start + _PIECE]
-        rows = np.pad(piece, (0, -piece.size % BLOCK)).reshape(-1, BLOCK)
-        made = codes(rows, start // BLOCK + np.arange(len(rows))).astype(np.uint8).reshape(-1, 2)
-        packed.append((made[:, 0] << 4 | made[:, 1])[: -(-piece.size // 2)])
-    return np.concatenate(packed)
-
-
-def _quantize_absmax(absmax: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Double quantisation: places in the dynamic map [blocks], absmax of their blocks, and the mean taken off."""
-    offset = _mean(absmax)
-    if not np.isfinite(offset):
-        raise InputError("the largest weights are too large for float32 to hold the sum of")
-    centred, table = absmax - offset, dynamic_map()
-    nested = _absmax(centred, NESTED_BLOCK)
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        scaled = centred * (np.float32(1) / nested).repeat(NESTED_BLOCK)[: centred.size]
-    # bitsandbytes rounds to one of 65,536 points first and looks up the place nearest to that.
-    halves = (np.clip(scaled, -1, 1) + np.float32(1)) * np.float32(0.5)
-    points = np.floor((halves.astype(np.float64) * 65535 + 0.5).astype(np.float32))
-    wide = table.astype(np.float64)
-    places = np.searchsorted((wide[:-1] + wide[1:]) / 2, points.astype(np.float64) / 65535 * 2 - 1)
-    # A block of equal absmax has nothing left to say; bitsandbytes gives it the first place.
-    places[(nested == 0).repeat(NESTED_BLOCK)[: centred.size]] = 0
-    return places.astype(np.uint8), nested, np.asarray(offset)
-
-
-def _mean(values: np.ndarray) -> np.float32:
-    """float32 mean, added in the order of PyTorch's CPU kernel of eight lanes on one thread, as bitsandbytes does.
-
-    Four rows of lanes are added side by side in a cascade (arXiv:1401.0248 on pairwise sums): sums of `step` rows, of
-    `step` such sums, and so on, three times. The last bit of the mean depends on this order.
-    """
-    lanes = 8 if values.size >= 8 else 1
-    vectors = values[: values.size // lanes * lanes].reshape(-1, lanes)
-    rows = vectors[: len(vectors) // 4 * 4].reshape(-1, 4, lanes)
-    step = 1 << max(4, (len(rows) - 1).bit_length() // 4 if len(rows) > 1 else 0)
-    level, parts = rows, []
-    for _ in range(3):
-        whole = len(level) // step * step
-        parts.append(_in_order(level[whole:]))
-        level = _in_order(level[:whole].reshape(-1, step, 4, lanes).swapaxes(0, 1))
-    four = _in_order(np.stack([*parts, _in_order(level)]))
-    four[0] = _in_order(np.concatenate([four[:1], vectors[len(rows) * 4 :]]))
-    total = _in_order(np.concatenate([values[vectors.size :], _in_order(four)]))
-    return np.float32(total / np.float32(values.size))
-
-
-def _in_order(values: np.ndarray) -> np.ndarray:
-    """Sum over the first axis, one after the other."""
-    total = np.zeros(values.shape[1:], np.float32)
-    for value in values:
-        total += value
-    return total

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxlm.config import RunConfig
 from jaxlm.metrics import Throughput, bits_per_byte, mfu, perplexity
+from jaxlm.tune_config import TuneRun
 
 ALWAYS = ("loss", "skipped")  # read from the device after every step, logged or not
 
@@ -60,6 +61,8 @@ class Reporter:
         self.flops_per_token, self.peak_flops, self.device_memory = flops_per_token, peak_flops, device_memory
         self.bytes_per_token = bytes_per_token
         self.val_bytes_per_token = val_bytes_per_token or bytes_per_token
+        # The loss of preferences is no token's.
+        self._of_tokens = not (isinstance(run, TuneRun) and run.tune.method == "dpo")
         self.loss, self._rate, self._steps = math.nan, None, 0
 
     def __call__(self, step: int, metrics: Mapping[str, Any], **extra: float) -> tuple[int, dict[str, Any]]:
@@ -88,8 +91,8 @@ class Reporter:
         line: dict[str, Any] = {"step": step, "tokens": tokens, "loss": self.loss}
         if self.flops_per_token:
             line["flops"] = tokens * self.flops_per_token
-        line |= values | _units(self.loss, self.bytes_per_token)
-        if "val_loss" in extra:
+        line |= values | (_units(self.loss, self.bytes_per_token) if self._of_tokens else {})
+        if "val_loss" in extra and self._of_tokens:
             units = _units(extra["val_loss"], self.val_bytes_per_token)
             extra = extra | {f"val_{name}": value for name, value in units.items()}
         line["tokens_per_second"] = self._rate

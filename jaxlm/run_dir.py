@@ -18,6 +18,7 @@ from typing import Any
 from jaxlm import config as configs
 from jaxlm.config import ConfigError, InputError, RunConfig
 from jaxlm.disk import replace_text
+from jaxlm.tune_config import TuneRun, load_run
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "torch")
 MAY_CHANGE = (
@@ -31,6 +32,7 @@ MAY_CHANGE = (
     "train.disk_full",
     "train.max_skips",
     "data.verify",
+    "tune.epochs",
     "mesh",
     "log",
 )
@@ -161,10 +163,15 @@ def _continued(directory: RunDir, config: RunConfig) -> RunConfig:
     """`config` if it may continue the stored run. Raises ConfigError that names every field which forbids it."""
     if not directory.config.is_file():
         raise RunDirError(f"{directory.path} cannot be resumed: {directory.config.name} is missing")
-    stored = configs.load(RunConfig, directory.config)
+    stored = load_run(directory.config)
     if config.optim.decay_steps == 0:
         optim = dataclasses.replace(config.optim, decay_steps=stored.optim.decay_steps)
         config = dataclasses.replace(config, optim=optim)
+    if type(stored) is not type(config):
+        kinds = ("fine-tuning" if isinstance(one, TuneRun) else "pretraining" for one in (stored, config))
+        raise ConfigError(
+            f"{directory.path} cannot be resumed: it holds a run of {next(kinds)}, this is {next(kinds)}"
+        )
     different = [difference for difference in diff_configs(stored, config) if not _may_change(difference[0])]
     if different:
         listed = "; ".join(f"{name} was {json.dumps(a)}, is {json.dumps(b)}" for name, a, b in different)

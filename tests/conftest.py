@@ -37,6 +37,7 @@ LONG = {"test_readme.py", "test_suite.py", "test_pretrain.py"} | {
     "test_sharding.py",
     "test_plots.py",
     "test_replication.py",
+    "test_sft.py",
 }
 # Imports that may be missing -> the distribution's module that decides whether they work.
 OPTIONAL = {

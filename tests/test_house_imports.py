@@ -38,6 +38,8 @@ TORCHREF_MAY_IMPORT = {
 # Rooms of jaxlm that hold no framework; torchref may share them, all but what is private to jaxlm.
 FRAMEWORK_FREE = {
     "config",
+    "adapter_config",
+    "tune_config",
     "policy",
     "presets",
     "tokenizer",
@@ -60,13 +62,24 @@ FRAMEWORK_FREE = {
     "sampling",
     "text",
     "chat",
+    "chat_escape",
+    "chat_masks",
+    "chat_template",
+    "chat_turns",
     "windows",
     "supervise",
     "disk",
     "estimate",
+    "estimate_lora",
     "data.batches",
     "data.blocks",
+    "data.chat_report",
+    "data.chat_rows",
+    "data.chat_sources",
+    "data.conversations",
     "data.corpus",
+    "data.example_rows",
+    "data.examples",
     "data.folder",
     "data.loader",
     "data.mixture",
@@ -78,11 +91,14 @@ FRAMEWORK_FREE = {
     "data.shards",
     "data.sources",
     "data.tokenise",
+    "data.tune_batches",
     "data.verify",
     "data.writer",
 }
 SHARED_WITH_TORCHREF = {
     "config",
+    "adapter_config",
+    "tune_config",
     "policy",
     "presets",
     "tokenizer",
@@ -97,7 +113,7 @@ SHARED_WITH_TORCHREF = {
 FRAMEWORKS = {"jax", "jaxlib", "flax", "optax", "orbax", "torch", "transformers"}
 # A room imports from its own row or a row above it.
 ORDER = [
-    {"config", "shapes", "json_file", "disk", "host_memory", "compilation"},
+    {"config", "adapter_config", "tune_config", "shapes", "json_file", "disk", "host_memory", "compilation"},
     {
         "policy",
         "presets",
@@ -114,9 +130,9 @@ ORDER = [
         "sampling",
         "run_dir",
     },
-    {"data", "text", "chat", "windows"},
+    {"data", "text", "chat", "chat_escape", "chat_masks", "chat_template", "chat_turns", "windows"},
     {"sharding", "distributed"},
-    {"matmul", "causal_attention"},
+    {"matmul", "causal_attention", "quant_host"},
     {"layers"},
     {"dispatch", "grouped_kernels", "grouped_pallas", "grouped", "token_attention"},
     {"attention", "moe"},
@@ -131,7 +147,6 @@ ORDER = [
         "quant",
         "decode_form",
         "evaluate",
-        "finetune.lora",
     },
     {
         "optim",
@@ -140,6 +155,7 @@ ORDER = [
         "guard",
         "vitals",
         "estimate",
+        "estimate_lora",
         "hlo",
         "sinks",
         "reporter",
@@ -153,6 +169,7 @@ ORDER = [
         "plots_evaluation",
         "plots_ablation",
         "plots_benchmark",
+        "plots_reasoning",
         "plots_run",
         "plots_axes",
         "plots_overlay",
@@ -164,6 +181,7 @@ ORDER = [
         "model_dir",
     },
     {"train"},
+    {"finetune.lora"},
     {
         "engine",
         "loop",
@@ -175,13 +193,15 @@ ORDER = [
         "ablation",
         "finetune.sft",
         "finetune.dpo",
+        "finetune.tasks",
     },
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 # Slow to import or missing on some machines: only inside the functions that use them.
 LAZY = {"grain", "tyro", "beartype"}
 DRAWING = {"jaxlm.plots"} | {
-    f"jaxlm.plots_{of}" for of in ("parity", "evaluation", "ablation", "benchmark", "run", "axes", "overlay")
+    f"jaxlm.plots_{of}"
+    for of in ("parity", "evaluation", "ablation", "benchmark", "reasoning", "run", "axes", "overlay")
 }
 
 

@@ -103,9 +103,26 @@ GATES: dict[str, Gate] = {
     "f32_logits": Gate(
         2e-6, "processed float32 logits against transformers, before temperature: two or three roundings"
     ),
+    "f32_trl_loss": Gate(
+        1e-6, "float32 preference loss on TRL's own log-probabilities, one formula: measured 1.2e-7"
+    ),
+    "f32_trl": Gate(
+        1e-5,
+        "float32 preference loss, rewards and log-probabilities against TRL, end to end: measured 9.5e-7",
+    ),
+    "f32_trl_gradients": Gate(
+        1e-5, "float32 gradients of the policy against TRL's, end to end: measured 1.5e-6"
+    ),
+    "f64_differences": Gate(1e-7, "slope against central differences of 1e-5 in float64: measured 3.1e-9"),
+    "f64_dpo": Gate(
+        1e-12, "float64 preferences of the two frameworks, sums reordered: rewards 1.1e-14, gradients 3.2e-15"
+    ),
     "f32_top_p": Gate(1e-5, "absolute: a sum of 32,000 float32 probabilities decides about this much mass"),
     "f64_packed": Gate(
         1e-12, "float64 loss of packed documents against one at a time: sums are reordered, measured 0"
+    ),
+    "f64_examples": Gate(
+        1e-12, "float64 loss and gradients of packed examples against one by one: measured 1e-15"
     ),
     "p_value": Gate(
         1e-4, "smallest p of a statistical test with fixed seeds; not an error but a lower bound"

@@ -26,6 +26,7 @@ class TorchEngine:
         self._train, self._evaluate = make_train_step(run), make_eval_step(run)
         self.rows: list[int] | None = None  # it runs in one process
         self.state: TrainState | None = None
+        self.evaluated: dict[str, float] = {}
 
     def initialise(self) -> None:
         """Fresh parameters from the run's seed."""

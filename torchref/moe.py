@@ -175,11 +175,11 @@ class Experts(nn.Module):
         inverse, owner = order.sort().indices, flat[order]
         ends = (flat[:, None] == torch.arange(n_experts, device=x.device)).sum(0).cumsum(0).to(torch.int32)
         rows = _Permuted.apply(x[:, None].expand(P, A, -1).reshape(P * A, -1), order, inverse)
-        hidden = torch._grouped_mm(rows, up.to(x.dtype).mT, ends)
+        hidden = torch._grouped_mm(rows, up[...].to(x.dtype).mT, ends)
         hidden = hidden if up_bias is None else hidden + up_bias.to(x.dtype)[owner]
         gate, linear = hidden.chunk(2, dim=-1) if self.kind == "swiglu" else (hidden, None)
         hidden = dropout(activate(self.kind, gate, linear), self.rate, key)
-        out = torch._grouped_mm(hidden, self.down.to(x.dtype).mT, ends)
+        out = torch._grouped_mm(hidden, self.down[...].to(x.dtype).mT, ends)
         out = out if self.down_bias is None else out + self.down_bias.to(x.dtype)[owner]
         return (_Permuted.apply(out, inverse, order).view(P, A, -1) * weights[..., None]).sum(1)
 

@@ -44,6 +44,7 @@ POLICY: tuple[Line, ...] = (  # every parameter matches exactly one
     Line(r".*\.moe\.experts\.(gate_up|up|down)_bias", "experts", "never", False),
     Line(r".*\.moe\.(router|shared_gate)\.weight", "router", "matrix", False),
     Line(r".*\.moe\.(router|shared_gate)\.bias", "router", "never", False),
+    Line(r".*\.lora_[ab]", "adapter", "matrix", False),
     Line(r"lm_head\.weight", "head", "matrix", False),
     Line(r"lm_head\.bias|head_bias", "head", "never", False),
 )
@@ -227,13 +228,15 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """One group for each treatment; torch.optim.AdamW where it can do it all, fused where parameters are on CUDA.
 
+    Parameters that require no gradient are frozen: it has nothing of them.
+
     policy: which paths decay, all of them AdamW's; None is `treatment`, the decoder's. Raises ConfigError, as
     `check_policy`.
     """
     if policy is None:
-        check_policy(config, [path for path, _ in model.named_parameters()])
+        check_policy(config, [path for path, _ in _trained(model)])
     made: dict[Treatment, dict[str, Any]] = {}
-    for path, p in model.named_parameters():
+    for path, p in _trained(model):
         plan = (
             treatment(config, path)
             if policy is None
@@ -309,7 +312,7 @@ def load_state_tensors(
             f"got {found.get(wrong[0])}, expected {expected.get(wrong[0])}"
         )
     counter_on_device = optimizer.defaults.get("fused")
-    for path, p in model.named_parameters():
+    for path, p in _trained(model):
         step = torch.tensor(float(updates), device=p.device if counter_on_device else "cpu")
         entry = {slot: tensors[f"{slot}:{path}"].to(p.device) for slot in entries[path] if slot != "step"}
         optimizer.state[p] = {"step": step} | entry
@@ -319,8 +322,7 @@ def expected_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
     """Entries of the right shapes and dtypes by parameter path, without memory; the optimizer stays as it is."""
     if not isinstance(optimizer, PolicyOptimizer):
         return {
-            path: {slot: torch.empty_like(p, device="meta") for slot in (M, V)}
-            for path, p in model.named_parameters()
+            path: {slot: torch.empty_like(p, device="meta") for slot in (M, V)} for path, p in _trained(model)
         }
     found = {}
     blank = PolicyOptimizer([{"params": [nn.Parameter(torch.empty(0))], "names": [""]}], optimizer.config)
@@ -328,6 +330,10 @@ def expected_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
         for path, p in zip(group["names"], group["params"], strict=True):
             found[path] = blank.empty_entry(group, nn.Parameter(p.to("meta")))
     return found
+
+
+def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(path, p) for path, p in model.named_parameters() if p.requires_grad]
 
 
 def _read(entry: dict[str, Tensor], slot: str) -> Tensor:

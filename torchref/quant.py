@@ -1,4 +1,4 @@
-"""Weight-only quantisation for inference: int8, int4 and nf4. Twin: jaxlm/quant.py.
+"""Weight-only quantisation: int8, int4 and nf4. Twin: jaxlm/quant.py.
 
     int8   one scale per output channel: w = code * absmax/127, codes -127..127            8.0 bits a weight
     int4   blocks of 64 weights: w = (code - 8) * absmax/7, codes 1..15                    4.5

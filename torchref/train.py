@@ -24,10 +24,8 @@ from torchref.vitals import expert_metrics, norms, router_entropy
 
 Batch = dict[str, Tensor]
 Params = dict[str, Tensor]
-KEPT_WIDE = (
-    "norm.weight",
-    "router.weight",
-)  # parameters that half-precision runs compute with in master precision
+# Parameters that half-precision runs compute with in master precision.
+KEPT_WIDE = ("norm.weight", "router.weight", "router.weight.lora_a", "router.weight.lora_b")
 
 
 class TrainState(NamedTuple):
@@ -38,6 +36,39 @@ class TrainState(NamedTuple):
     optimizer: torch.optim.Optimizer
     seed: int  # dropout's; the generator of a step is seeded from it and the step
     guard: Guard  # what was skipped, and what spikes are judged by
+
+
+class Task(NamedTuple):
+    """What is trained, and towards what: pretraining, fine-tuning, adapters and preferences differ in this alone.
+
+    What is trained are the parameters of the decoder that require a gradient.
+    """
+
+    # (decoder, params, batch, counts, train, key) -> loss and metrics of one micro-batch, which add up to the batch's;
+    # params: all of the decoder's, those that are trained in the dtype of the computation
+    loss: Callable[..., tuple[Tensor, dict[str, Tensor]]]
+    evaluate: Callable[
+        [Decoder, Params, Batch], dict[str, Tensor]
+    ]  # sums over a batch: loss_sum, tokens, others
+    draws: bool  # whether training drops out anything
+    # (batch, micro-batches) -> what the loss of the whole batch divides by; None = batch_counts
+    count: Callable[[Batch, int], Counts] | None = None
+
+
+def pretraining(run: RunConfig) -> Task:
+    """All weights of a decoder, towards the next token; the tokens that carry loss say of what."""
+
+    def loss(
+        decoder: Decoder,
+        params: Params,
+        batch: Batch,
+        counts: Counts,
+        train: bool,
+        key: torch.Generator | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return loss_and_metrics(run, decoder, params, batch, counts, train, key)
+
+    return Task(loss, evaluation, bool(run.model.dropout))
 
 
 def cast_params(params: Params, dtype: torch.dtype) -> Params:
@@ -105,9 +136,8 @@ def _under(params: Params) -> Params:
 
 
 def _head(decoder: Decoder, params: Params) -> tuple[Tensor, Tensor | None]:
-    if decoder.lm_head is None:
-        return params["embed.weight"].T, params.get("head_bias")
-    return params["lm_head.weight"].T, params.get("lm_head.bias")
+    """The head's weight and bias made of these parameters."""
+    return torch.func.functional_call(_Caller(decoder), _under(params), (), {"method": "head"})
 
 
 def batch_counts(batch: Batch, microbatches: int) -> Counts:
@@ -117,28 +147,34 @@ def batch_counts(batch: Batch, microbatches: int) -> Counts:
     return Counts(batch["loss_mask"].sum().clamp(min=1), valid.clamp(min=1).to(dtype), microbatches)
 
 
-def make_gradient_fn(run: RunConfig) -> Callable[..., tuple[Params, dict[str, Tensor]]]:
+def make_gradient_fn(
+    run: RunConfig, task: Task | None = None
+) -> Callable[..., tuple[Params, dict[str, Tensor]]]:
     """(decoder, batch, key, loss_scale) -> gradients and metrics of the whole batch, accumulated over micro-batches.
+
+    Gradients are those of the parameters that require one. task: what the loss is; None = pretraining.
 
     With a loss scale, the loss is multiplied and the gradients are divided by it; the metrics are as without.
     """
-    dtype, M = getattr(torch, run.train.dtype), run.train.accumulation
+    task = pretraining(run) if task is None else task
+    loss, dtype, M = task.loss, getattr(torch, run.train.dtype), run.train.accumulation
 
     def gradients(
         decoder: Decoder, batch: Batch, key: torch.Generator | None = None, loss_scale: float | None = None
     ) -> tuple[Params, dict[str, Tensor]]:
         wide = torch.promote_types(dtype, torch.float32)
         batch = batch | {"loss_mask": batch["loss_mask"].to(wide)}
-        counts = batch_counts(batch, M)
+        counts = (task.count or batch_counts)(batch, M)
         params: Params = dict(decoder.named_parameters())
+        trained = {path: p for path, p in params.items() if p.requires_grad}
         grads: Params = {}
         metrics: dict[str, Tensor] = {}
         for m in range(M):
             rows = {k: v[m::M] for k, v in batch.items()}
-            total, part = loss_and_metrics(run, decoder, cast_params(params, dtype), rows, counts, True, key)
+            total, part = loss(decoder, params | cast_params(trained, dtype), rows, counts, True, key)
             scaled = total if loss_scale is None else total * loss_scale
-            found = torch.autograd.grad(scaled, list(params.values()), allow_unused=True)
-            for (path, p), g in zip(params.items(), found, strict=True):
+            found = torch.autograd.grad(scaled, list(trained.values()), allow_unused=True)
+            for (path, p), g in zip(trained.items(), found, strict=True):
                 g = torch.zeros_like(p) if g is None else g
                 grads[path] = grads[path] + g if path in grads else g
             for name, value in part.items():
@@ -155,18 +191,19 @@ def _unscaled(grad: Tensor, scale: float) -> Tensor:
 
 
 def make_train_step(
-    run: RunConfig,
+    run: RunConfig, task: Task | None = None
 ) -> Callable[[TrainState, Batch, Scalars], tuple[TrainState, dict[str, Tensor]]]:
-    """The step. Of the scalars it takes the learning rate; torch.optim derives the rest.
+    """The step. Of the scalars it takes the learning rate; torch.optim derives the rest. task: None = pretraining.
 
     Where `judge` does not accept the batch, the optimizer is not stepped.
     """
-    gradients = make_gradient_fn(run)
+    task = pretraining(run) if task is None else task
+    gradients = make_gradient_fn(run, task)
 
     def step(state: TrainState, batch: Batch, scalars: Scalars) -> tuple[TrainState, dict[str, Tensor]]:
-        named = dict(state.model.named_parameters())
+        named = {path: p for path, p in state.model.named_parameters() if p.requires_grad}
         key = None
-        if run.model.dropout:
+        if task.draws:
             device = next(iter(named.values())).device
             key = torch.Generator(device).manual_seed(state.seed * 1_000_003 + state.step)
         loss_scale = (state.guard.loss_scale,) if run.train.dtype == "float16" else ()
@@ -196,19 +233,25 @@ def make_train_step(
     return step
 
 
-def make_eval_step(run: RunConfig) -> Callable[[Decoder, Batch], dict[str, Tensor]]:
-    """(decoder, batch) -> summed cross-entropy and loss-carrying tokens of one batch, nothing dropped, no dropout."""
-    dtype = getattr(torch, run.train.dtype)
+def evaluation(decoder: Decoder, params: Params, batch: Batch) -> dict[str, Tensor]:
+    """Summed cross-entropy and loss-carrying tokens of one batch, nothing dropped, no dropout."""
+    arguments = (batch["inputs"], batch.get("positions"), batch.get("segments"))
+    hidden, _, _ = torch.func.functional_call(
+        _Caller(decoder), _under(params), arguments, {"method": "hidden"}
+    )
+    tokens = chunked_token_loss(hidden, *_head(decoder, params), batch["targets"], batch["loss_mask"])
+    return {"loss_sum": tokens.cross_entropy, "tokens": batch["loss_mask"].sum()}
+
+
+def make_eval_step(run: RunConfig, task: Task | None = None) -> Callable[[Decoder, Batch], dict[str, Tensor]]:
+    """(decoder, batch) -> the task's sums over one batch, nothing dropped, no dropout."""
+    own, dtype = (pretraining(run) if task is None else task).evaluate, getattr(torch, run.train.dtype)
 
     @torch.no_grad()
     def evaluate(decoder: Decoder, batch: Batch) -> dict[str, Tensor]:
-        cast = cast_params(dict(decoder.named_parameters()), dtype)
-        arguments = (batch["inputs"], batch.get("positions"), batch.get("segments"))
-        hidden, _, _ = torch.func.functional_call(
-            _Caller(decoder), _under(cast), arguments, {"method": "hidden"}
-        )
-        tokens = chunked_token_loss(hidden, *_head(decoder, cast), batch["targets"], batch["loss_mask"])
-        return {"loss_sum": tokens.cross_entropy, "tokens": batch["loss_mask"].sum()}
+        params: Params = dict(decoder.named_parameters())
+        trained = {path: p for path, p in params.items() if p.requires_grad}
+        return own(decoder, params | cast_params(trained, dtype), batch)
 
     return evaluate
 

@@ -9,36 +9,18 @@ import fnmatch
 from collections.abc import Sequence
 from typing import Any
 
+from convert.bench.case import Case
 from convert.bench.results import OURS, Facts
+from convert.bench.tune_cases import tuned
 from jaxlm.config import ConfigError, ModelConfig, RunConfig, nearest
 from jaxlm.count import active_param_count, flops_per_token, param_count
 from jaxlm.presets import preset
 
-SUITES = {"cpu": 1_200, "h200": 540, "sweep": 540}  # seconds that each may take
+SUITES = {"cpu": 1_230, "h200": 540, "sweep": 540}  # seconds that each may take
 START = 8.0  # of them that a process needs before its first case
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # of traces: the largest difference over the largest number
 WARMUP = 10  # steps of those whose losses are compared: without, roundings would soon lead apart
 ITEM = {"float32": 4, "bfloat16": 2}
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One comparison."""
-
-    facts: Facts
-    kind: str  # the module of this package that makes its sides
-    sides: tuple[str, ...]  # jaxlm first, then torchref:HOW; or the latter alone
-    group: str  # cases of one group share a process
-    dtype: str
-    run: RunConfig | None = None
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    alone: bool = False  # each side in a process of its own: together they do not fit into memory
-    seconds: float = 40.0  # that are worth beginning it for
-
-    @property
-    def name(self) -> str:
-        """As it stands in results.json."""
-        return self.facts.name
 
 
 def suite(name: str, shrink: bool = False) -> list[Case]:
@@ -301,6 +283,7 @@ def _cpu(s: _Sizes) -> list[Case]:
         train_case(s, "quickstart-dense", f32, ("compile",), label=f"+layers{layers}", layers=layers)
         for layers in (2, 8)
     ]
+    cases += [tuned(train_case(s, "quickstart-dense", f32, ("compile", "eager"), "tune", seconds=30.0))]
     cases += [moe_case(s, 4_096, 8, 2, 256, 512, d, moe[d], "layers") for d in (f32, bf16)]
     cases += [head_case(s, 2_048, 512, 32_768, d, ("full", "fused"), "layers") for d in (f32, bf16)]
     cases += [attention_case(s, 8, 256, 6, 2, 48, f32, ("sdpa",), "layers")]

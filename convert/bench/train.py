@@ -22,11 +22,18 @@ from convert.bench import torch_parts
 from convert.bench.cases import Case
 from convert.bench.results import OURS
 from convert.bench.side import Side
-from convert.native import pairs
+from convert.native import adapter_to_torch, pairs
+from convert.tree import to_tensor
 from jaxlm.config import RunConfig
+from jaxlm.finetune.lora import freeze, init_factors
+from jaxlm.finetune.tasks import task_of
 from jaxlm.optim import AdamState, as_arrays, scalars
 from jaxlm.train import init_state, make_train_step, place_batch
+from jaxlm.tune_config import TuneRun
+from torchref.finetune.lora import adapt
+from torchref.finetune.lora import freeze as freeze_twin
 from torchref.loss import Counts, TokenLoss, total_loss
+from torchref.model import Decoder
 from torchref.optim import learning_rate, make_optimizer
 from torchref.train import _Caller, _head, _under, cast_params
 
@@ -53,7 +60,9 @@ def batch_of(run: RunConfig) -> dict[str, np.ndarray]:
 
 
 def _ours(run: RunConfig, compared: int) -> Side:
-    state, step, batch = init_state(run), make_train_step(run), place_batch(batch_of(run))
+    task, batch = task_of(run), place_batch(batch_of(run))
+    state, step = init_state(run, task=task), make_train_step(run, task=task)
+    frozen = freeze(run, jax.jit(lambda: _initial(run))()) if isinstance(run, TuneRun) else {}
     held: dict[str, Any] = {"state": state}
     before = _corners(state.params)
     del state  # donated at every step
@@ -64,7 +73,7 @@ def _ours(run: RunConfig, compared: int) -> Side:
         metrics: dict[str, Any] = {}
         for _ in range(n):
             now = as_arrays(scalars(run.optim, len(losses)), np.float32)
-            held["state"], metrics = step(held["state"], batch, now)
+            held["state"], metrics = step(held["state"], batch, now, frozen)
             losses.append(metrics["total_loss"])
             if not first:
                 moments = next(part for part in held["state"].opt_state if isinstance(part, AdamState))
@@ -137,6 +146,9 @@ class _Stepper:
         # jaxlm draws the weights; on a GPU they go over without a copy on the host.
         params = jax.jit(lambda: _initial(run))()
         self.model = torch_parts.twin(run.model, params, "grouped" if "grouped" in words else "loop")
+        self.names = {pair.path: pair.other for pair in pairs(run.model)}
+        if isinstance(run, TuneRun):
+            self.names = _adapt(run, self.model)
         for leaf in params.values():
             leaf.delete()
         place = torch_parts.device()
@@ -151,9 +163,8 @@ class _Stepper:
         self.optimizer = torch.optim.AdamW(
             kept, lr=optim.lr, betas=(optim.b1, optim.b2), eps=optim.eps, fused=True
         )
-        self.parameters = list(self.model.parameters())
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.known = dict(self.model.named_parameters())
-        self.names = {pair.path: pair.other for pair in pairs(run.model)}
         self.first_norm: Tensor | None = None
         self.many = batch_of(run)["inputs"].size * run.model.vocab_size > torch_parts.FULL_LOGITS
         compiled = "compile" in words
@@ -215,6 +226,17 @@ class _Stepper:
         hidden, weight, rest = self._hidden()
         tokens = torch_parts.head_loss(hidden, weight, self.batch["targets"], self.batch["loss_mask"])
         return tokens / self.batch["loss_mask"].sum() + rest
+
+
+def _adapt(run: TuneRun, model: Decoder) -> dict[str, str]:
+    """Freezes a decoder under jaxlm's fresh factors; their names."""
+    assert run.tune.adapter is not None
+    factors = jax.jit(lambda: init_factors(run))()
+    adapt(freeze_twin(run, model), run.tune.adapter, rngs=None, dtype=torch.float32)
+    found = {name: to_tensor(x).to(torch_parts.device()) for name, x in adapter_to_torch(factors).items()}
+    _, unexpected = model.load_state_dict(found, strict=False)
+    assert not unexpected, unexpected
+    return {path: path for path in factors}
 
 
 def _initial(run: RunConfig) -> dict[str, jax.Array]:

@@ -36,6 +36,12 @@ ORDER = (
     "greedy",
     "sampling",
     "mesh",
+    "sft",
+    "lora_init",
+    "lora",
+    "lora_updates",
+    "lora_nf4",
+    "dpo",
 )
 
 

@@ -5,6 +5,7 @@ that fails is the nearest to its cause. Optimizer, trajectory, decoding and mesh
 """
 
 import math
+import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -138,7 +139,7 @@ def init(pair: Pair) -> list[Finding]:
     theirs = to_jax(run.model, from_torch(state.model))
     findings = []
     for path, a in ours.items():
-        findings.append(_distribution(path, a, theirs[path]))
+        findings.append(distribution(path, a, theirs[path]))
     zeros = jaxlm.optim.wide_moments(jaxlm.optim.make_optimizer(run.optim).init(ours))
     for slot, tree in zeros._asdict().items():
         start = max(float(jnp.max(jnp.abs(x))) for x in tree.values())
@@ -147,7 +148,7 @@ def init(pair: Pair) -> list[Finding]:
     return [*findings, Finding("torch state before the first step", float(begun), limit("exact"))]
 
 
-def _distribution(path: str, a: np.ndarray, b: np.ndarray) -> Finding:
+def distribution(path: str, a: np.ndarray, b: np.ndarray) -> Finding:
     """Difference of mean, standard deviation and kurtosis in standard errors; constants must be equal."""
     a, b = np.asarray(a, np.float64).ravel(), np.asarray(b, np.float64).ravel()
     if a.shape != b.shape:
@@ -291,7 +292,7 @@ def backward_order(paths: Any) -> list[str]:
     def key(path: str) -> tuple[int, int, int, str]:
         if path.startswith("blocks."):
             _, layer, rest = path.split(".", 2)
-            name = rest.removesuffix(".weight").removesuffix(".bias")
+            name = re.sub(r"(\.weight|\.bias)?(\.lora_[ab])?$", "", rest)
             return 2, -int(layer), inside.index(name) if name in inside else len(inside), path
         stage = 0 if path.startswith(("lm_head", "head_bias")) else 1 if path.startswith("final_norm") else 3
         return stage, 0, 0, path

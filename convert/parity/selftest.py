@@ -189,6 +189,8 @@ def try_fault(fault: Fault | Rewrite, options: Options | None = None) -> Outcome
     """Plants one fault (or rewrite) in this process, asks the ordinary suite, and puts everything back."""
     started = time.perf_counter()
     options = small_options() if options is None else options
+    if change_rungs := fault.rungs:
+        options = dataclasses.replace(options, rungs=change_rungs)
     beside = fault.beside if isinstance(fault, Fault) else None
     with contextlib.ExitStack() as stack:
         for change in (fault, beside):

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -220,13 +221,20 @@ class JaxSide:
 
 
 class JaxTrainer:
-    """jaxlm's training step, driven as its engine drives it."""
+    """jaxlm's training step, driven as its engine drives it; task: what is trained, on what is frozen."""
 
-    def __init__(self, run: RunConfig, params: Any, programs: Programs):
+    def __init__(
+        self,
+        run: RunConfig,
+        params: Any,
+        programs: Programs,
+        task: jaxlm.train.Task | None = None,
+        base: Mapping[str, Any] = MappingProxyType({}),
+    ):
         optimizer = jaxlm.optim.make_optimizer(run.optim)
         params = {k: jnp.array(v) for k, v in params.items()}  # the step donates its state
         seed = jnp.asarray(run.train.seed, jnp.uint32)
-        self.run, self.programs = run, programs
+        self.run, self.programs, self.task, self.base = run, programs, task, dict(base)
         self.jax_state = jaxlm.train.TrainState(
             jnp.zeros((), jnp.int32), params, optimizer.init(params), seed, jaxlm.guard.init_guard(run)
         )
@@ -235,10 +243,10 @@ class JaxTrainer:
         """One optimizer step."""
         values = jaxlm.optim.scalars(self.run.optim, int(self.jax_state.step))
         arrays = jaxlm.optim.as_arrays(values, np.dtype(self.run.train.param_dtype))
-        args = (self.jax_state, jaxlm.train.place_batch(batch), arrays)
+        args = (self.jax_state, jaxlm.train.place_batch(batch), arrays, self.base)
         key = ("step", self.run, *((k, v.shape) for k, v in batch.items()))
         if key not in self.programs.compiled:
-            step = jaxlm.train.make_train_step(self.run)
+            step = jaxlm.train.make_train_step(self.run, task=self.task)
             self.programs.compiled[key] = step.lower(*args).compile(COMPILER_OPTIONS)
         self.jax_state, metrics = self.programs.compiled[key](*args)
         return Step({k: float(v) for k, v in metrics.items() if np.ndim(v) == 0} | {"lr": values.lr})
@@ -335,16 +343,16 @@ class TorchSide:
 
 
 class TorchTrainer:
-    """torchref's training step, driven as its engine drives it."""
+    """torchref's training step, driven as its engine drives it; task: what is trained."""
 
-    def __init__(self, run: RunConfig, module: TorchDecoder):
+    def __init__(self, run: RunConfig, module: TorchDecoder, task: torchref.train.Task | None = None):
         model = copy.deepcopy(module)
         optimizer = torchref.optim.make_optimizer(run.optim, model)
         self.run = run
         self.torch_state = torchref.train.TrainState(
             0, model, optimizer, run.train.seed, torchref.guard.init_guard(run)
         )
-        self._step = torchref.train.make_train_step(run)
+        self._step = torchref.train.make_train_step(run, task)
 
     def step(self, batch: Arrays) -> Step:
         """One optimizer step; the learning rate is read back from the optimizer that used it."""
@@ -357,15 +365,16 @@ class TorchTrainer:
         """Where the optimizer stands."""
         model, optimizer = self.torch_state.model, self.torch_state.optimizer
         m, v = torchref.optim.wide_moments(model, optimizer)
-        flat = [
-            {k: to_numpy(x).copy() for k, x in tree.items()}
-            for tree in (dict(model.named_parameters()), m, v)
-        ]
-        counts = {int(optimizer.state[p]["step"]) for p in model.parameters()}
+        trained = {path: p for path, p in model.named_parameters() if p.requires_grad}
+        flat = [{k: to_numpy(x).copy() for k, x in tree.items()} for tree in (trained, m, v)]
+        counts = {int(optimizer.state[p]["step"]) for p in trained.values()}
         assert len(counts) == 1, f"torch counted {sorted(counts)} steps for different parameters"
+        return Optimized(*map(self.here, flat), count=counts.pop())
+
+    def here(self, flat: Flat) -> Flat:
+        """Parameters or their moments, as many as there are, in jaxlm's names and layouts."""
         table = pairs(self.run.model)
-        here = (convert([p for p in table if p.other in tree], tree, inverse=True) for tree in flat)
-        return Optimized(*here, count=counts.pop())
+        return convert([p for p in table if p.other in flat], flat, inverse=True)
 
 
 def _with_weights(module: TorchDecoder, flat: Flat) -> TorchDecoder:

@@ -15,7 +15,7 @@ from convert.parity.limits import limit
 from convert.parity.rungs import Pair, backward_order
 from convert.parity.sides import JaxTrainer, Optimized, Step, TorchTrainer, Trainer
 from convert.tree import Flat
-from jaxlm.config import RunConfig
+from jaxlm.config import OptimConfig, RunConfig
 from jaxlm.optim import treatment
 
 TURNS = 4  # batches of a trajectory
@@ -40,11 +40,16 @@ def batches(run: RunConfig, seed: int, start: int = 0) -> Iterator[Arrays]:
 
 
 def trajectory_run(pair: Pair, length: int) -> RunConfig:
-    """The run of the optimizer rungs: warmup, decay to the end, a clip that is active at the start, a stable rate."""
-    optim, steps = pair.run.optim, pair.steps
+    """The run of the optimizer rungs."""
     (ours, _), _ = pair.gradients
-    norm = math.sqrt(sum(float(np.sum(np.square(g))) for g in ours.values()))
-    optim = dataclasses.replace(
+    train = dataclasses.replace(pair.run.train, seq_len=length)
+    return dataclasses.replace(pair.run, optim=live(pair.run.optim, pair.steps, ours), train=train)
+
+
+def live(optim: OptimConfig, steps: int, grads: Flat) -> OptimConfig:
+    """Warmup, decay to the end, a clip that is active at the start, where these are the gradients; a stable rate."""
+    norm = math.sqrt(sum(float(np.sum(np.square(g))) for g in grads.values()))
+    return dataclasses.replace(
         optim,
         lr=min(optim.lr, STABLE_LR),
         min_lr=min(optim.min_lr, STABLE_LR / 10),
@@ -52,14 +57,11 @@ def trajectory_run(pair: Pair, length: int) -> RunConfig:
         decay_steps=max(steps, K, 3),
         clip_norm=0.7 * norm,
     )
-    train = dataclasses.replace(pair.run.train, seq_len=length)
-    return dataclasses.replace(pair.run, optim=optim, train=train)
 
 
-def course(trainer: Trainer, run: RunConfig, seed: int, start: int, stop: int, marks: set[int]) -> Course:
-    """Drives a trainer from step `start` to `stop`."""
+def course(trainer: Trainer, order: Iterator[Arrays], start: int, stop: int, marks: set[int]) -> Course:
+    """Drives a trainer from step `start` to `stop`, over the batches that come next."""
     steps, at = [], {}
-    order = batches(run, seed, start)
     for step in range(start, stop):
         steps.append(trainer.step(next(order)))
         if step + 1 in marks or step + 1 == stop:
@@ -85,14 +87,19 @@ def courses(pair: Pair, total: int, progress: Callable[[str], None] = lambda tex
             progress(f"{total} optimizer steps in {side.framework}")
             start.append({path: np.array(value) for path, value in side.weights().items()})
             marks = {1, min(K, total)}
-            made.append(course(side.trainer(run), run, pair.seed, 0, total, marks))
+            made.append(course(side.trainer(run), batches(run, pair.seed), 0, total, marks))
         pair.cache["courses"] = Courses(run, (start[0], start[1]), made[0], made[1])
     return pair.cache["courses"]
 
 
 def updates(pair: Pair, total: int, at: int) -> list[Finding]:
     """Count, m, v and the change of every parameter after `at` of `total` steps."""
-    run, start, ours, theirs = courses(pair, total)
+    return changes(courses(pair, total), at, pair.counted)
+
+
+def changes(made: Courses, at: int, counted: Callable[[Flat], Flat]) -> list[Finding]:
+    """Count, m, v and the change of every parameter after `at` steps. counted: leaves out those of no gradient."""
+    run, start, ours, theirs = made
     a, b = ours.at[at], theirs.at[at]
     findings = [
         Finding("count", float(abs(a.count - b.count)), limit("exact"), {"jax": a.count, "torch": b.count})
@@ -103,7 +110,7 @@ def updates(pair: Pair, total: int, at: int) -> list[Finding]:
         ("v", a.v, b.v, "float64_state"),
         ("delta", *moved, "float64_delta"),
     ):
-        mine, other = pair.counted(mine), pair.counted(other)
+        mine, other = counted(mine), counted(other)
         found = compare_gradients(mine, other, limit(bound), backward_order(mine))
         findings += [dataclasses.replace(f, name=f"{slot}:{f.name}") for f in found]
     return [_with_policy(finding, run) for finding in findings]
@@ -124,7 +131,12 @@ def _difference(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
 
 def trajectory(pair: Pair, total: int) -> list[Finding]:
     """Losses, clipped norm and learning rate of every step, then parameters and moments at the end."""
-    _, _, ours, theirs = courses(pair, total)
+    return ways(courses(pair, total), pair.counted)
+
+
+def ways(made: Courses, counted: Callable[[Flat], Flat]) -> list[Finding]:
+    """Metrics of every step, then parameters and moments at the end. counted: as of `changes`."""
+    _, _, ours, theirs = made
     names = [name for name in ours.steps[0].metrics if name in theirs.steps[0].metrics]
     findings = []
     for name in names:
@@ -136,7 +148,7 @@ def trajectory(pair: Pair, total: int) -> list[Finding]:
         findings.append(Finding(name, max(errors), bound, detail))
     end = max(ours.at)
     for slot in ("params", "m", "v"):
-        mine, other = (pair.counted(getattr(side.at[end], slot)) for side in (ours, theirs))
+        mine, other = (counted(getattr(side.at[end], slot)) for side in (ours, theirs))
         found = compare_gradients(mine, other, limit("float64_state"), backward_order(mine))
         findings += [dataclasses.replace(f, name=f"{slot}:{f.name}") for f in found]
     return findings
@@ -150,12 +162,12 @@ def handover(pair: Pair, total: int) -> list[Finding]:
     findings = []
     for name, begun, rest in (("torch to jax", pair.torch, pair.jax), ("jax to torch", pair.jax, pair.torch)):
         first, second = begun.trainer(run), rest.trainer(run)
-        course(first, run, pair.seed, 0, at, set())
+        course(first, batches(run, pair.seed), 0, at, set())
         if isinstance(first, TorchTrainer) and isinstance(second, JaxTrainer):
             second.jax_state = train_state_to_jax(run, first.torch_state)
         elif isinstance(first, JaxTrainer) and isinstance(second, TorchTrainer):
             second.torch_state = train_state_to_torch(run, first.jax_state)
-        ended = course(second, run, pair.seed, at, at + more, {at + more})
+        ended = course(second, batches(run, pair.seed, at), at, at + more, {at + more})
         for step, mine in enumerate(ended.steps, start=at):
             reference = whole.steps[step].metrics
             for metric in ("total_loss", "grad_norm", "lr"):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from convert.parity import lowprec, rungs, serving, steps
+from convert.parity import lowprec, rungs, serving, steps, tuning
 from convert.parity.ask import Guard, ask
 from convert.parity.compare import Finding
 from convert.parity.inputs import (
@@ -188,6 +188,10 @@ def _climb(
     if options.wants("mesh"):
         progress("mesh")
         yield ask("mesh", pairs[0].case, serving.mesh, pairs[0], options.limits)
+    for name, question in tuning.RUNGS.items():
+        if options.wants(name):
+            progress(name)
+            yield ask(name, pairs[-1].case, question, pairs[-1], options.limits)
 
 
 def cases(

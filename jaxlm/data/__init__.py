@@ -12,6 +12,9 @@
     shards      a folder's tokens, memory-mapped
     run_data    the tokens of a run: raw text, prepared data or a mixture
     order, packing, mixture, batches, loader    tokens to batches
+    conversations    rows of conversations or preferences to examples, with what carries loss
+    chat_report      one of them in colour, and what they are in numbers
+    examples, example_rows, tune_batches    examples to batches of fine-tuning
     baselines   what a model has to beat
 
 Imports numpy only; pyarrow, datasets and grain are imported where they are needed.

@@ -116,7 +116,10 @@ def test_what_does_not_fit_is_one_clear_message(
     hf.write(other, config, {n: Lazy.of(x) for n, x in random_params(config).items()})
     ours = tmp_path / "ours"
     assert call(["import", peft_directory, ours, "--base", base], capsys, monkeypatch).code == 0
-    bad = tmp_path / "bad"
+    lost, bad = tmp_path / "lost", tmp_path / "bad"  # the first says of a base that is not there
+    shutil.copytree(ours, lost)
+    facts = json.loads((lost / "adapter.json").read_text())
+    (lost / "adapter.json").write_text(json.dumps(facts | {"base": str(tmp_path / "nowhere")}))
     shutil.copytree(peft_directory, bad)
     tensors = {k: np.array(v) for k, v in load_file(bad / peft_adapter.TENSORS).items()}
     next(iter(tensors.values()))[0, 0] = np.nan
@@ -130,7 +133,7 @@ def test_what_does_not_fit_is_one_clear_message(
         ("export", other, new, "--to", "jaxlm", "--adapter", ours): "expected",
         ("export", base, new, "--to", "peft"): "no adapter",
         ("import", bad, new, "--base", base): "NaN",
-        ("export", ours, new, "--to", "hf"): "--adapter",
+        ("export", lost, new, "--to", "hf"): "--adapter",
     }.items():
         said = call(list(words), capsys, monkeypatch)
         assert said.code == 2 and says in said.err and "Traceback" not in said.err, (words, said.err)

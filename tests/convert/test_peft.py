@@ -489,4 +489,4 @@ def test_an_adapter_that_does_not_fit_is_not_written(tmp_path: Path) -> None:
 def test_a_config_that_makes_no_sense_is_refused(fields: dict[str, Any], message: str) -> None:
     """One line with the value."""
     with pytest.raises(ConfigError, match=message):
-        dataclasses.replace(PLAIN, **fields)
+        from_dict(AdapterConfig, to_dict(PLAIN) | fields)

@@ -26,9 +26,11 @@ TEXTS = [
 ]
 TEMPLATES = {"chatml": chatml(), "llama3": LLAMA3}
 CASES = [(kind, name) for kind in ("gpt4", "tfm") for name in TEMPLATES]
-CONTENT = st.text(st.characters(exclude_categories=["Cs"]), max_size=10) | st.sampled_from(
-    ["", " ", " hi \n\n", "{{ x }}", "é漢😀", "a < b |> c", "e\u0301", "\u2581x", "\x00"]
-)
+# Without special tokens, which hypothesis finds in the sources and likes to try: to transformers they are tokens.
+CONTENT = (
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=10)
+    | st.sampled_from(["", " ", " hi \n\n", "{{ x }}", "é漢😀", "a < b |> c", "e\u0301", "\u2581x", "\x00"])
+).filter(lambda text: "<|" not in text and "think>" not in text)
 ROLE = st.sampled_from(["user", "assistant", "system", "tool"])
 
 

@@ -12,7 +12,6 @@ from tolerances import tolerance
 
 from jaxlm.config import LogConfig, MeshConfig, RunConfig
 from jaxlm.engine import JaxEngine
-from jaxlm.model import abstract_model
 from jaxlm.train import state_shapes, state_shardings
 
 MESHES = {
@@ -51,7 +50,7 @@ def saved(
     with jax.enable_x64(True):
         run = run_on(MeshConfig(fsdp=2, expert=2, tensor=2))
         engine = JaxEngine(run, folder)
-        shapes, places = state_shapes(run), state_shardings(run, engine.mesh, abstract_model(MODEL))
+        shapes, places = state_shapes(run), state_shardings(run, engine.mesh)
 
         def drawn(shape: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> jax.Array:
             values = rng.random(shape.shape) * 0.1 if shape.dtype.kind == "f" else np.ones(shape.shape)
@@ -75,7 +74,7 @@ def test_restored_onto_another_mesh_it_goes_on_as_before(
         engine.restore("latest")
         assert bits(engine.state) == before
         if engine.mesh is not None:
-            wanted = jax.tree.leaves(state_shardings(engine.run, engine.mesh, abstract_model(MODEL)))
+            wanted = jax.tree.leaves(state_shardings(engine.run, engine.mesh))
             leaves = jax.tree.leaves(engine.state)
             assert [leaf.sharding for leaf in leaves] == wanted
             assert any(not place.is_fully_replicated for place in wanted)

@@ -40,7 +40,7 @@ def run_of(config: ModelConfig, mesh: str) -> RunConfig:
 def gradient_program(run: RunConfig) -> str:
     """The optimised HLO of loss and gradients on the run's mesh."""
     mesh, abstract = make_mesh(run.mesh), abstract_model(run.model)
-    places = state_shardings(run, mesh, abstract).params
+    places = state_shardings(run, mesh).params
     params = {
         k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=places[k]) for k, s in abstract.shapes.items()
     }
@@ -123,7 +123,7 @@ def test_every_matrix_and_its_moments_are_stored_split(name: str) -> None:
     config = model(MOE, vocabulary=151)
     run = run_of(config, name)
     mesh, abstract = make_mesh(run.mesh), abstract_model(config)
-    places = state_shardings(run, mesh, abstract)
+    places = state_shardings(run, mesh)
     for part in (places.params, moments(places.opt_state).m, moments(places.opt_state).v):
         assert hlo.whole_parameters(abstract.shapes, part, run.mesh.size) == []
     shapes = jax.tree.leaves(state_shapes(run))

@@ -13,6 +13,7 @@ from jaxlm.memory import peak_memory, process_peak_memory
 from jaxlm.metrics import VOLATILE, Throughput
 from jaxlm.presets import preset
 from jaxlm.reporter import Reporter, host_values, text_bytes_per_token
+from jaxlm.tune_config import TuneConfig, TuneRun
 
 TOKENS = 8 * 16  # of a step of `a_run`
 
@@ -143,3 +144,12 @@ def test_peak_memory_is_in_bytes_and_never_falls() -> None:
     peak = process_peak_memory()
     assert buffer.nbytes < peak < 2**45
     assert peak_memory() >= peak
+
+
+def test_the_loss_of_preferences_has_no_perplexity() -> None:
+    """It is no token's: neither the training nor the validation loss is given in other units."""
+    fields = {f.name: getattr(a_run(), f.name) for f in dataclasses.fields(RunConfig)}
+    for method, said in (("sft", True), ("dpo", False)):
+        run, lines = TuneRun(**fields, tune=TuneConfig(method, "base")), Lines()
+        Reporter(run, lines, Throughput(TOKENS), None, None)(1, {"loss": 0.7}, val_loss=0.6)
+        assert ("perplexity" in lines[0], "val_perplexity" in lines[0]) == (said, said)

@@ -100,7 +100,7 @@ def check_mesh(mesh: str, accumulation: int, backends: Backends, one_device: dic
     """Gradients and metrics on a mesh against those of one device."""
     run = run_config(mesh, accumulation)
     devices = make_mesh(run.mesh)
-    layout = state_shardings(run, devices, abstract_model(MODEL)).params
+    layout = state_shardings(run, devices).params
     with jax.set_mesh(devices):
         params = jax.device_put(random_params(MODEL), layout)
         batch = place_batch(hard_batch(ROWS), devices)
@@ -125,7 +125,7 @@ def test_a_step_on_a_mesh_equals_the_step_of_one_device(x64: None) -> None:
             step = make_train_step(run, backends=LOOP).lower(state, batch, numbers[0]).compile(QUICK)
             states.append(step(step(state, batch, numbers[0])[0], batch, numbers[1])[0])
             continue
-        layout = state_shardings(run, devices, abstract_model(MODEL))
+        layout = state_shardings(run, devices)
         with jax.set_mesh(devices):
             state = jax.device_put(state, layout)
             step = make_train_step(run, devices, LOOP).lower(state, batch, numbers[0]).compile(QUICK)

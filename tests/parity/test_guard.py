@@ -29,7 +29,6 @@ from convert.tree import from_torch  # noqa: E402
 from jaxlm import guard, optim, train  # noqa: E402
 from jaxlm.config import MeshConfig, RunConfig  # noqa: E402
 from jaxlm.layers import Backends  # noqa: E402
-from jaxlm.model import abstract_model  # noqa: E402
 from jaxlm.sharding import make_mesh  # noqa: E402
 from torchref import guard as twin_guard  # noqa: E402
 from torchref import optim as twin_optim  # noqa: E402
@@ -73,7 +72,7 @@ def jax_course(mesh: str = "") -> Course:
     numbers = [optim.as_arrays(optim.scalars(run.optim, s), np.float64) for s in range(STEPS)]
     with jax.set_mesh(devices) if devices else float64():
         if devices:
-            state = jax.device_put(state, train.state_shardings(run, devices, abstract_model(MODEL)))
+            state = jax.device_put(state, train.state_shardings(run, devices))
         first = train.place_batch(batch_of(0), devices)
         step = train.make_train_step(run, devices, LOOP).lower(state, first, numbers[0]).compile(QUICK)
         found = []

@@ -19,6 +19,7 @@ from convert.parity.selftest import (
     table,
     try_fault,
 )
+from convert.parity.tuning import RUNGS
 
 # What the faults below need of the suite; the whole of it is climbed by the slow test.
 QUICK = dataclasses.replace(small_options(), rungs=("config", "tree", "rope", "activations", "loss"))
@@ -39,8 +40,8 @@ def all_well() -> SelfTest:
 
 
 def test_table_is_as_large_as_promised() -> None:
-    """Faults of all 13 kinds, four of each at least, and enough rewrites; every name stands once."""
-    assert len(KINDS) == 13
+    """Faults of all 17 kinds, four of each at least, and enough rewrites; every name stands once."""
+    assert len(KINDS) == 17
     assert len(ALL) >= AT_LEAST["faults"] == 60
     assert len(EQUIVALENT) >= AT_LEAST["rewrites"] == 8
     counts = Counter(fault.kind for fault in ALL)
@@ -71,6 +72,14 @@ def test_expectations_name_a_rung_and_an_operation() -> None:
     """The expected place of every fault is a rung of the report, with an operation in it."""
     wrong = [fault.name for fault in ALL if fault.rung not in ORDER or not fault.operation]
     assert not wrong
+
+
+def test_a_fault_that_climbs_few_rungs_is_of_nothing_else() -> None:
+    """Faults are planted under the whole suite, but for those in packages that no other rung computes with."""
+    homes = ("jaxlm.finetune.", "torchref.finetune.", "jaxlm.quant.", "torchref.quant.", "jaxlm.data.")
+    few = [fault for fault in (*ALL, *EQUIVALENT) if fault.rungs]
+    assert few and all(set(fault.rungs) <= set(RUNGS) for fault in few)
+    assert not [fault.name for fault in few if not fault.target.startswith(homes)]
 
 
 def test_unknown_target_is_refused() -> None:

@@ -5,12 +5,14 @@ must find it is written by hand beside it; the suite knows none of this.
 """
 
 from convert.parity.faults import (
+    adapters,
     attention,
     conversion,
     equivalent,
     expert_kernels,
     forward,
     head,
+    preferences,
     routing,
     serving,
     training,
@@ -28,5 +30,12 @@ ALL: tuple[Fault, ...] = (
     *expert_kernels.FAULTS,
     *training.FAULTS,
     *serving.FAULTS,
+    *preferences.FAULTS,
+    *adapters.FAULTS,
 )
-EQUIVALENT: tuple[Rewrite, ...] = (*equivalent.REWRITES, expert_kernels.BY_KERNELS)
+EQUIVALENT: tuple[Rewrite, ...] = (
+    *equivalent.REWRITES,
+    expert_kernels.BY_KERNELS,
+    *preferences.REWRITES,
+    *adapters.REWRITES,
+)

@@ -20,6 +20,10 @@ KINDS = (
     "cache",
     "conversion",
     "sharding",
+    "examples",
+    "adapters",
+    "quantised base",
+    "preferences",
 )
 
 
@@ -36,6 +40,7 @@ class Rewrite:
     target: str  # dotted path of what is replaced, where it is looked up: "torchref.layers.RMSNorm.forward"
     change: Callable[[Any], Any]  # the original -> its replacement
     run: Callable[[RunConfig], RunConfig] = unchanged  # the model that shows it
+    rungs: tuple[str, ...] = ()  # those to climb, where no other computes anything of the target; () = all
 
 
 @dataclass(frozen=True)
@@ -50,3 +55,4 @@ class Fault:
     operation: str  # of the report's first divergence
     run: Callable[[RunConfig], RunConfig] = unchanged  # as in Rewrite
     beside: Rewrite | None = None  # planted with it: what computes in the way that has the fault
+    rungs: tuple[str, ...] = ()  # as in Rewrite

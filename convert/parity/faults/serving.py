@@ -237,8 +237,8 @@ def _gradients_summed(original: Any) -> Any:
     def make_gradient_fn(run, *rest):
         gradients = original(run, *rest)
 
-        def over_devices(params, batch, key=None):
-            grads, metrics = gradients(params, batch, key)
+        def over_devices(params, batch, *others):
+            grads, metrics = gradients(params, batch, *others)
             shape = current_mesh_shape()
             ways = int(np.prod([shape[axis] for axis in BATCH_AXES])) if shape else 1
             return {k: g * ways for k, g in grads.items()}, metrics

@@ -172,8 +172,8 @@ def _rate_in_float32(original: Any) -> Any:
 def _rate_of_the_next_step(original: Any) -> Any:
     """The scheduler moves before the optimizer does."""
 
-    def make_train_step(run):
-        step = original(run)
+    def make_train_step(run, *rest):
+        step = original(run, *rest)
         return lambda state, batch, scalars: step(
             state, batch, torchref.optim.scalars(run.optim, state.step + 1)
         )
@@ -185,10 +185,11 @@ def _own_counts(module: Any, mean: bool) -> Callable[[Any], Any]:
     """Each micro-batch divided by its own tokens: the mean of micro-means, or their sum."""
 
     def change(original: Any) -> Any:
-        def loss_and_metrics(run, decoder, params, batch, counts, train, key):
+        def loss_and_metrics(*args):
+            *rest, batch, counts, train, key = args
             own, M = module.batch_counts(batch, counts.microbatches), counts.microbatches if mean else 1
             own = own._replace(loss_tokens=own.loss_tokens * M, valid_tokens=own.valid_tokens * M)
-            return original(run, decoder, params, batch, own, train, key)
+            return original(*rest, batch, own, train, key)
 
         return loss_and_metrics
 
@@ -209,12 +210,12 @@ def _contiguous_rows(original: Any) -> Any:
     def make_gradient_fn(run, *rest):
         gradients, M = original(run, *rest), run.train.accumulation
 
-        def reordered(params, batch, key=None):
+        def reordered(params, batch, *others):
             moved = {
                 k: jnp.swapaxes(v.reshape(M, -1, *v.shape[1:]), 0, 1).reshape(v.shape)
                 for k, v in batch.items()
             }
-            return gradients(params, moved, key)
+            return gradients(params, moved, *others)
 
         return reordered
 
@@ -225,7 +226,7 @@ def _torch_loop(parts: Callable[[int], range], sums: bool) -> Callable[[Any], An
     """The reference's accumulation loop over other micro-batches, or keeping only the newest gradient."""
 
     def change(original: Any) -> Any:
-        def make_gradient_fn(run):
+        def make_gradient_fn(run, *rest):
             M = run.train.accumulation
 
             def gradients(decoder, batch, key=None):

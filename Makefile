@@ -47,7 +47,7 @@ bench-tests: $(VENV)/.dev ## the measurements among the tests
 	@$(BIN)/python -m pytest -m bench -s -p no:xdist $(PYTEST_ARGS)
 
 h200: $(H200)/.compiler ## compile the models for H200s that are not there, and check memory, kernels, collectives
-	@PYTHONPATH=$(H200) $(BIN)/python -m pytest -p no:xdist -m "h200 and not slow" tests/jaxlm/test_h200.py tests/jaxlm/test_h200_decode.py $(PYTEST_ARGS)
+	@PYTHONPATH=$(H200) $(BIN)/python -m pytest -p no:xdist -m "h200 and not slow" tests/jaxlm/test_h200.py tests/jaxlm/test_h200_decode.py tests/jaxlm/test_h200_tuning.py $(PYTEST_ARGS)
 
 gpu: ## the checks that need a CUDA device, with the packages that PYTHON already has
 	@$(PYTHON) -m experiments.gpu_check $(if $(OUT),--out $(OUT))

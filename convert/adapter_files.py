@@ -120,8 +120,11 @@ def write_ours(opened: OpenedAdapter, out: Path, progress: Progress) -> dict[str
 def write_peft(opened: OpenedAdapter, out: Path, layout: "Layout", progress: Progress) -> dict[str, Stored]:
     """adapter_config.json and adapter_model.safetensors, which peft opens on the model's transformers class."""
     facts = opened.facts
+    config = Path(facts.base) / model_dir.CONFIG
+    known = bool(facts.base) and not facts.merged and config.is_file() and "model_type" in read_object(config)
+    name = facts.base if known else ""  # a Hugging Face directory, which peft's Auto classes load
     return peft_adapter.write_adapter(
-        out, opened.factors, facts.adapter, table(facts, layout), progress=progress
+        out, opened.factors, facts.adapter, table(facts, layout), name, progress
     )
 
 

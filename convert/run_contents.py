@@ -94,7 +94,9 @@ def base_facts(path: Path) -> BaseFacts | None:
 
 def require_unchanged(run: TuneRun, path: Path, model: ModelConfig, tensors: Mapping[str, Lazy]) -> None:
     """Raises TargetError, in one line, where a base is not the one that a LoRA run began with."""
-    facts, where = base_facts(path), f"{path} was tuned on {run.tune.base}, which has changed since"
+    facts = base_facts(path)
+    adapters = f" with the adapter {' and '.join(facts.merged)}" if facts is not None and facts.merged else ""
+    where = f"{path} was tuned on {run.tune.base}{adapters}; that is another model now"
     if found := fingerprint.differences(model, run.model):
         raise TargetError(f"{where}: {'; '.join(found)}")
     if facts is not None and (line := fingerprint.mismatch(facts.sketch, tensors)):

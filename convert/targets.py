@@ -268,6 +268,8 @@ def read_adapter(path: Path, base: Target | None) -> OpenedAdapter:
         return adapter_files.read_peft(path, base.config, base.family)
     if (path / CONFIG).is_file():
         return open_target(path, optimizer=False).adapter
+    if not path.exists():
+        raise ConversionError(f"{path} does not exist; an adapter was expected there")
     raise ConversionError(f"{path} holds neither adapter.json nor adapter_config.json: it is no adapter")
 
 

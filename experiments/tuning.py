@@ -30,22 +30,23 @@ from experiments.tuning_data import TuneData, check_tokenizer, open_data, settin
 from experiments.tuning_options import TuneOptions, check, run_of, seq_len
 from experiments.tuning_reference import References, stored_references
 from jaxlm import optim
+from jaxlm.adapter_config import check_targets
 from jaxlm.checkpoint_files import preflight
 from jaxlm.count import flops_per_token, param_count
 from jaxlm.data.chat_report import show
 from jaxlm.data.tune_batches import TuneBatches, TuneLoader, eval_tune_batches, make_tune_loader
 from jaxlm.engine import JaxEngine, widen_if_needed
-from jaxlm.estimate_lora import factor_count, tuning_flops_per_token
+from jaxlm.estimate_lora import factor_count, matrix_shapes, tuning_flops_per_token
 from jaxlm.finetune.lora import freeze
 from jaxlm.host_memory import keep_memory
 from jaxlm.live_plots import LivePlots
 from jaxlm.loop import Outputs, Result, fit
 from jaxlm.metrics import Throughput
 from jaxlm.model import Params
-from jaxlm.reporter import Reporter, Sink
+from jaxlm.reporter import Reporter, Sink, tokens_per_step
 from jaxlm.run_dir import RunDir, RunDirError, open_run
 from jaxlm.sinks import check_sinks, open_sinks
-from jaxlm.train import cast_params
+from jaxlm.train import cast_params, frozen_shardings
 from jaxlm.tune_config import TuneRun, load_run
 
 ADAPTER = "adapter"  # folder of a run directory
@@ -69,10 +70,12 @@ def tune(options: TuneOptions) -> Tuned:
     check_sinks(options.log)
     keep_memory()
     path = options.path
-    is_new, started = not path.exists(), RunDir(path).holds_run()
+    started = RunDir(path).holds_run()
     if started and not options.resume:
         raise RunDirError(f"{path} holds a run; continue it with --resume or choose another --run-dir")
     base = open_base(options)
+    if (adapter := options.lora.adapter()) is not None:
+        check_targets(adapter, matrix_shapes(base.config))  # before hours of reading
     data = open_data(options, base, seq_len(options, base.config))
     batches = TuneBatches(data.train, settings_of(options, seq_len(options, base.config)))
     stored = load_run(RunDir(path).config) if started and RunDir(path).config.is_file() else None
@@ -80,9 +83,10 @@ def tune(options: TuneOptions) -> Tuned:
     check_devices(run, "jax")
     if options.resume and not started:
         say(f"{path} holds nothing to resume; starting fresh")
+    is_new = not path.exists()  # now: while data were read, another start may have taken it
+    directory, opened, resumed = open_run(path, run, options.resume)
+    assert isinstance(opened, TuneRun)
     try:
-        directory, opened, resumed = open_run(path, run, options.resume)
-        assert isinstance(opened, TuneRun)
         describe(opened, base, data, batches)
         ready = set_up(options, opened, directory, base, data, resumed)
     except BaseException:
@@ -116,12 +120,13 @@ def set_up(
     widen_if_needed(run)
     engine = JaxEngine(run, directory.checkpoints)
     optim.check_policy(run.optim, engine.task.shapes)
-    if resumed:
+    rereads = run.tune.adapter is not None or run.tune.method == "dpo"
+    if resumed and engine.candidates:
         check_tokenizer(directory, data)
-        if run.tune.adapter is not None:
+        if rereads:
             require_unchanged(run, directory.path, base.config, base.contents.tensors)
-    else:
-        keep_base(base, directory.path, data.chat.template, run.tune.adapter is not None)
+    else:  # also where an earlier start was cut off before its first checkpoint
+        keep_base(base, directory.path, data.chat.template, rereads)
     directory.write_env([device_kind("jax")], run.train.seed)
     settings = settings_of(options, run.train.seq_len)
     reference, extra = give_weights(run, directory, engine, base, data, resumed)
@@ -143,7 +148,8 @@ def give_weights(
     """
     adapter, reference = run.tune.adapter, References(None, None)
     if adapter is not None:
-        engine.freeze(freeze(run, base.contents.tensors))
+        places = None if engine.mesh is None else frozen_shardings(engine.mesh, engine.task)
+        engine.freeze(freeze(run, base.contents.tensors, places))
     elif run.tune.method == "dpo" and run.tune.reference == "frozen":
         copies = cast_params(base_params(engine, base), jnp.dtype(run.train.dtype))
         engine.freeze({path: jnp.array(value, copy=True) for path, value in copies.items()})
@@ -152,7 +158,7 @@ def give_weights(
         def weights() -> Params:
             return engine.frozen if adapter is not None else base_params(engine, base)
 
-        reference = stored_references(run, directory, data, weights, engine.mesh)
+        reference = stored_references(run, directory, base, data, weights, engine.mesh)
     extra = resume(run, directory, engine, "jax") if resumed else None
     if extra is not None:
         say(f"resumed at step {engine.step} of {run.train.steps}")
@@ -223,7 +229,7 @@ def reporter(run: TuneRun, sink: Sink) -> Reporter:
     return Reporter(
         run,
         sink,
-        Throughput(run.train.batch_size * run.train.seq_len),
+        Throughput(tokens_per_step(run)),
         flops_per_place(run),
         device_peak(run, "jax"),
         None,
@@ -232,16 +238,16 @@ def reporter(run: TuneRun, sink: Sink) -> Reporter:
 
 
 def flops_per_place(run: TuneRun) -> float:
-    """Model FLOPs of a step per sequence place of its batch.
+    """Model FLOPs of a step per place of its batch.
 
-    A pair has two sequences; the reference of dpo, where it is not stored, reads both once more, forward alone: a third
-    of what training all weights takes.
+    The reference of dpo, where it is not stored, reads both sequences of a pair once more, forward alone: a third of
+    what training all weights takes.
     """
     flops = tuning_flops_per_token(run)
     if run.tune.method != "dpo":
         return flops
     forward = flops_per_token(run.model, run.train.seq_len) / 3
-    return 2 * (flops + (0.0 if run.tune.reference == "stored" else forward))
+    return flops + (0.0 if run.tune.reference == "stored" else forward)
 
 
 def describe(run: TuneRun, base: Target, data: TuneData, batches: TuneBatches) -> None:
@@ -250,6 +256,8 @@ def describe(run: TuneRun, base: Target, data: TuneData, batches: TuneBatches) -
     say(f"base: {base.path}, {total:,} parameters, context {run.model.context:,}")
     show(data.chat.tokenizer, data.train, data.read, console=Console(stderr=True))
     say(f"{len(data.train):,} {data.read.what} to train on, {len(data.val):,} to validate on")
+    if data.read_val is not None:
+        say("\n".join(f"--val: {line}" for line in data.read_val.lines()))
     if adapter is None:
         say(f"trained: all {total:,} parameters")
     else:

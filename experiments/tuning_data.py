@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -34,11 +35,16 @@ class TuneData:
     train: Examples | Pairs
     val: Examples | Pairs
     read: Statistics  # of --data, all of it
+    read_val: Statistics | None = None  # of --val
 
-    @property
+    @cached_property
     def shown(self) -> Examples:
-        """What samples are taken from: the held-out examples, of pairs the chosen answers."""
-        return self.val.chosen if isinstance(self.val, Pairs) else self.val
+        """What samples are taken from: the held-out examples, of pairs the chosen answers.
+
+        All of the last answer is marked, its thought too where that carries no loss: a model is to think for itself.
+        """
+        held = self.val.chosen if isinstance(self.val, Pairs) else self.val
+        return Examples.of((_whole_answer(held, i) for i in range(len(held))), held.fingerprint)
 
 
 def open_chat(target: Target, template: str) -> Chat:
@@ -77,7 +83,8 @@ def open_data(options: TuneOptions, target: Target, seq_len: int) -> TuneData:
 
     train, found = read(options.data)
     if options.val:
-        return TuneData(chat, train, read(options.val)[0], found)
+        val, found_val = read(options.val)
+        return TuneData(chat, train, val, found, found_val)
     return TuneData(chat, *split_validation(train, options.val_fraction, options.train.seed), found)
 
 
@@ -100,6 +107,13 @@ def check_tokenizer(directory: RunDir, data: TuneData) -> None:
             f"{directory.path} was trained with another tokenizer or chat template than that of its base now; "
             "give it the one that it began with"
         )
+
+
+def _whole_answer(held: Examples, i: int) -> tuple[np.ndarray, np.ndarray]:
+    ids, carries = held.example(i)
+    marked = carries.copy()
+    marked[held.answers[i, 1] : np.flatnonzero(carries)[-1] + 1] = True
+    return ids, marked
 
 
 def last_answer(ids: np.ndarray, carries: np.ndarray) -> tuple[list[int], list[int]]:

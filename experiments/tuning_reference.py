@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from convert.targets import Target
 from experiments.cli import say
 from experiments.tuning_data import TuneData
 from jaxlm.config import InputError, to_dict
@@ -32,13 +33,18 @@ class References(NamedTuple):
 
 
 def stored_references(
-    run: TuneRun, directory: RunDir, data: TuneData, weights: Callable[[], Params], mesh: Any
+    run: TuneRun,
+    directory: RunDir,
+    base: Target,
+    data: TuneData,
+    weights: Callable[[], Params],
+    mesh: Any,
 ) -> References:
     """Those of the run directory if they are of this base and data; else computed from `weights()`, and written there.
 
     Raises InputError where the file is damaged.
     """
-    path, wanted = directory.path / FILE, fingerprint(run, data)
+    path, wanted = directory.path / FILE, fingerprint(run, base, data)
     if path.is_file():
         found = _read(path)
         if str(found["fingerprint"]) == wanted:
@@ -57,9 +63,11 @@ def stored_references(
     return References(parts["train"], parts["val"])
 
 
-def fingerprint(run: TuneRun, data: TuneData) -> str:
-    """SHA-256 of what decides the values: base and how it is computed, and the pairs."""
+def fingerprint(run: TuneRun, base: Target, data: TuneData) -> str:
+    """SHA-256 of what decides the values: base, some of its values and how it is computed, and the pairs."""
+    known = to_dict(base.facts)
     facts = {
+        "weights": [known["sketch"], known["merged"]],
         "base": [run.tune.base, run.tune.checkpoint, run.tune.quant, run.train.dtype],
         "model": to_dict(run.model),
         "pairs": [data.train.fingerprint, data.val.fingerprint],

@@ -34,9 +34,21 @@ def encode_with_mask(
     think: bool = True,
     first: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(ids int32 [n], carries bool [n]): `encode_conversation`, and which of the tokens the assistant says.
+    """(ids int32 [n], carries bool [n]) of `encode_turns`, whose arguments and errors it has."""
+    return encode_turns(tokenizer, template, messages, think, first)[:2]
 
-    The end of a turn is said by the assistant; what the template writes after that is not, such as ChatML's line end.
+
+def encode_turns(
+    tokenizer: Tokenizer,
+    template: str | Chat,
+    messages: Sequence[Message],
+    think: bool = True,
+    first: int = 0,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(ids int32 [n], carries bool [n], said bool [n]): `encode_conversation`, which tokens carry loss, which are said.
+
+    What the assistant says carries loss, but for thoughts where these are not to. The end of a turn is said by the
+    assistant; what the template writes after that is not, such as ChatML's line end.
 
     Args:
         template: Jinja; a Chat also has the special tokens that a model's files name.
@@ -52,7 +64,7 @@ def encode_with_mask(
     require_utf8(text, "the conversation")
     silent = [] if think else _thoughts(chat, text, said)
     ids: list[int] = []
-    carries = bytearray()
+    carries, said_at = bytearray(), bytearray()
     start = 0
     for n, part in enumerate(borders(tokenizer).split(text)):
         end = start + len(part)
@@ -60,12 +72,14 @@ def encode_with_mask(
         if n % 2:
             ids.append(tokenizer.specials[part])
             carries.append(bool(spans) and not without)
+            said_at.append(bool(spans))
         elif part:
-            new, overlap = _located(tokenizer, shown(part, stand_ins), spans, without)
+            new, learnt, spoken = _located(tokenizer, shown(part, stand_ins), spans, without)
             ids += new
-            carries += overlap
+            carries += learnt
+            said_at += spoken
         start = end
-    return np.array(ids, np.int32), np.frombuffer(carries, bool)
+    return np.array(ids, np.int32), np.frombuffer(carries, bool), np.frombuffer(said_at, bool)
 
 
 @functools.lru_cache(maxsize=8)
@@ -114,12 +128,15 @@ def _thoughts(chat: Chat, text: str, said: Sequence[Span]) -> list[Span]:
 
 def _located(
     tokenizer: Tokenizer, text: str, spans: Sequence[Span], without: Sequence[Span]
-) -> tuple[list[int], bytes]:
-    """(ids of an ordinary text, for each a byte: 1 if it overlaps one of `spans` and none of `without`)."""
+) -> tuple[list[int], bytes, bytes]:
+    """(ids of an ordinary text, a byte for each that is 1 if it carries loss, a byte for each that is 1 if it is said).
+
+    What overlaps one of `spans` is said; unless it overlaps one of `without`, too, it carries loss.
+    """
     whole = [(0, len(text))]
     if (not spans or spans == whole) and (not without or without == whole):
         ids = tokenizer.encode(text)
-        return ids, bytes([bool(spans) and not without]) * len(ids)
+        return ids, bytes([bool(spans) and not without]) * len(ids), bytes([bool(spans)]) * len(ids)
     if isinstance(tokenizer.codec, ByteLevel):  # a token is bytes, and no byte is lost
         ids = tokenizer.encode(text)
         lengths = _byte_lengths(tokenizer)[ids]
@@ -130,11 +147,11 @@ def _located(
         # A space that Metaspace puts in front has the place of the first character.
         encoding = _library(tokenizer).encode(text, add_special_tokens=False)
         ids, (starts, ends) = encoding.ids, np.array(encoding.offsets, np.int64).reshape(-1, 2).T
-    overlap = np.zeros(len(ids), bool)
-    for some, carries in ((spans, True), (without, False)):
+    said, silent = np.zeros((2, len(ids)), bool)
+    for overlap, some in ((said, spans), (silent, without)):
         for a, b in some:
-            overlap[(starts < b) & (ends > a)] = carries
-    return ids, overlap.tobytes()
+            overlap[(starts < b) & (ends > a)] = True
+    return ids, (said & ~silent).tobytes(), said.tobytes()
 
 
 def _in_bytes(text: str, span: Span) -> Span:

@@ -87,7 +87,7 @@ class Reporter:
         return step, line
 
     def _line(self, step: int, values: dict[str, Any], extra: dict[str, float]) -> dict[str, Any]:
-        tokens = step * self.run.train.batch_size * self.run.train.seq_len
+        tokens = step * tokens_per_step(self.run)
         line: dict[str, Any] = {"step": step, "tokens": tokens, "loss": self.loss}
         if self.flops_per_token:
             line["flops"] = tokens * self.flops_per_token
@@ -101,6 +101,12 @@ class Reporter:
         if self.device_memory is not None:
             line["peak_memory_bytes"] = self.device_memory()
         return line | extra
+
+
+def tokens_per_step(run: RunConfig) -> int:
+    """Places of a batch, padding among them; a pair of answers has two sequences."""
+    pairs = isinstance(run, TuneRun) and run.tune.method == "dpo"
+    return (2 if pairs else 1) * run.train.batch_size * run.train.seq_len
 
 
 def _units(loss: float, bytes_per_token: float | None) -> dict[str, float]:

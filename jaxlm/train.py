@@ -297,12 +297,13 @@ def make_eval_step(
     run: RunConfig, backends: Backends = Backends(), task: Task | None = None
 ) -> Callable[..., dict[str, Array]]:
     """(params, batch, frozen) -> the task's sums over one batch, nothing dropped, no dropout."""
-    own = (pretraining(run, backends) if task is None else task).evaluate
+    task = pretraining(run, backends) if task is None else task
+    own = task.evaluate
 
     def evaluate(params: Params, batch: Batch, frozen: Params | None = None) -> dict[str, Array]:
         return own(cast_params(params, jnp.dtype(run.train.dtype)), frozen or {}, batch)
 
-    return jax.jit(evaluate)
+    return jax.jit(evaluate, compiler_options=FROZEN if task.frozen_shapes else None)
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh | None = None) -> Batch:

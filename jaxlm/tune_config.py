@@ -89,7 +89,12 @@ class TuneRun(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        adapter = self.tune.adapter
+        adapter, chat = self.tune.adapter, self.tune.chat
+        require(
+            self.tune.method == "dpo" or not (chat.packing and self.model.attn_bias_table),
+            "model.attn_bias_table tells places in a row apart: packed examples would learn other biases than those "
+            "they are answered with; set --chat.packing False",
+        )
         require(
             self.mesh.size == 1 or self.tune.quant == "none" or self.mesh.size == self.mesh.data,
             f"mesh {self.mesh}: a quantised base is not split; use data=N, or no --quant",

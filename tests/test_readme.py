@@ -125,6 +125,7 @@ def test_linked_files_exist() -> None:
     assert [link for link in links if not (ROOT / link).exists()] == []
 
 
+@pytest.mark.timeout(900)  # a minute or two alone, and every command compiles
 def test_tested_blocks_run(tmp_path: Path) -> None:
     """The blocks marked `sh test` run as they stand, in order, in a copy of the project."""
     tested = [block for block in blocks(readme()) if block.executed]

@@ -214,7 +214,8 @@ class TorchTuned:
             return adapter_to_torch(flat)
         return to_torch(self.run.model, flat)
 
-    def _here(self, flat: Flat) -> Flat:
+    def here(self, flat: Flat) -> Flat:
+        """Arrays of torchref under our names and in our layouts."""
         if self.run.tune.adapter is None:
             return to_jax(self.run.model, flat)
         factors = {path: x for path, x in flat.items() if path.endswith(FACTORS)}
@@ -227,7 +228,7 @@ class TorchTuned:
     def trained(self) -> Flat:
         """What is trained, by canonical names."""
         named = self.module.named_parameters()
-        return self._here({path: to_numpy(p).copy() for path, p in named if p.requires_grad})
+        return self.here({path: to_numpy(p).copy() for path, p in named if p.requires_grad})
 
     def frozen(self) -> Flat:
         """What is used and not trained, by canonical names."""
@@ -237,7 +238,7 @@ class TorchTuned:
         """Gradients of what is trained, and the metrics of the whole batch."""
         function = torchref.train.make_gradient_fn(with_accumulation(self.run, accumulation), self.task)
         grads, metrics = function(self.module, torchref.train.place_batch(batch))
-        return self._here(_numpy(grads)), _numpy(metrics)
+        return self.here(_numpy(grads)), _numpy(metrics)
 
     def evaluated(self, batch: Arrays) -> dict[str, Any]:
         """The task's sums over a batch."""

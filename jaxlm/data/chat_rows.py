@@ -120,15 +120,14 @@ def _detected(row: Mapping[str, Any]) -> ChatSchema:
 
 def _listed(row: Mapping[str, Any], schema: ChatSchema) -> Messages:
     key = next(name for name in (*_WANTED[schema][0], "data") if name in row)
-    messages = _messages(row[key], key)
-    return messages if messages[:1] and messages[0]["role"] == "system" else [*_system(row), *messages]
+    return _led(_system(row), _messages(row[key], key))
 
 
 def _instructed(row: Mapping[str, Any]) -> Messages:
     question, answer = _of(row, _QUESTIONS), _of(row, _ANSWERS)
     asked = _messages(question, "prompt") if isinstance(question, list) else [_user(row, question)]
     said = _messages(answer, "completion") if isinstance(answer, list) else [_said("assistant", answer)]
-    return [*_system(row), *asked, *said]
+    return _led(_system(row), [*asked, *said])
 
 
 def _user(row: Mapping[str, Any], question: Any) -> dict[str, Any]:
@@ -140,6 +139,11 @@ def _user(row: Mapping[str, Any], question: Any) -> dict[str, Any]:
 def _system(row: Mapping[str, Any]) -> Messages:
     text = _of(row, _SYSTEMS)
     return [_said("system", text)] if text else []
+
+
+def _led(system: Messages, messages: Messages) -> Messages:
+    """Behind `system`, unless they begin with a system message of their own."""
+    return messages if messages[:1] and messages[0]["role"] == "system" else [*system, *messages]
 
 
 def _preference(row: Mapping[str, Any], where: str) -> Preference:
@@ -158,9 +162,9 @@ def _preference(row: Mapping[str, Any], where: str) -> Preference:
     else:
         prompt = _messages(question, "prompt") if isinstance(question, list) else [_user(row, question)]
         sides = [[_said("assistant", chosen)], [_said("assistant", rejected)]]
-    prompt = [*_system(row), *prompt]
     if not prompt:
         raise _Refused("no prompt", "chosen and rejected have no prompt and no first message in common")
+    prompt = _led(_system(row), prompt)
     for name, side in zip(("chosen", "rejected"), sides):
         try:
             _require_answers([*prompt, *side], len(prompt))
@@ -179,17 +183,20 @@ def _prompt_of(
 ) -> tuple[Messages, list[Messages]]:
     """(the prompt, what follows it on each side) of lists that may hold the prompt.
 
-    Where they begin with it, or with a message that is not the assistant's, the prompt is in them.
+    Where they begin with it, or with a message that is neither the assistant's nor a tool's, the prompt is in them,
+    however it is written there: all that they have in common.
     """
-    if asked and any(side[: len(asked)] != asked for side in sides):
-        return asked, sides
-    if not asked and all(side and side[0]["role"] == "assistant" for side in sides):
-        return single(), sides
+    held = asked and all(side[: len(asked)] == asked for side in sides)
+    if not held and all(side and side[0]["role"] in ("assistant", "tool") for side in sides):
+        return asked or single(), sides
     common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*sides)))
     shorter = min(sides, key=len)
     if common == len(shorter) and shorter[-1:] and shorter[-1]["role"] == "assistant":
         common -= 1  # what it says last is its answer
-    return sides[0][:common], [side[common:] for side in sides]
+    prompt = sides[0][:common]
+    if prompt and asked and asked[0]["role"] == "system":
+        prompt = _led(asked[:1], prompt)
+    return prompt, [side[common:] for side in sides]
 
 
 def _messages(value: Any, key: str) -> Messages:
@@ -216,6 +223,18 @@ def _checked(part: Any, number: int, key: str) -> dict[str, Any]:
             f"known are {', '.join((*ROLES, *_ROLES))}",
         )
     kept = {name: part[name] for name in _KEPT if part.get(name) not in (None, "", [])}
+    if not {"content", "value", "tool_calls"} & part.keys():
+        raise _Refused(
+            "no text",
+            f"message {number + 1} has neither 'content' nor 'value', but {', '.join(map(repr, part))}",
+        )
+    for name in ("weight", "train"):
+        if name in part and part[name] is not None and not part[name]:
+            raise _Refused(
+                "turns without loss",
+                f"message {number + 1} says {name!r}: {part[name]}, and what an assistant says always carries loss: "
+                "end the conversation before it",
+            )
     return _said(known, _of(part, ("content", "value"))) | kept
 
 

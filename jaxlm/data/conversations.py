@@ -11,12 +11,12 @@ from typing import TypeVar
 import numpy as np
 
 from jaxlm.chat import Chat
-from jaxlm.chat_masks import encode_with_mask
+from jaxlm.chat_masks import encode_turns
 from jaxlm.config import ConfigError
 from jaxlm.data.blocks import DataError
 from jaxlm.data.chat_rows import BadRow, ChatRow, Conversation, Messages, Preference
 from jaxlm.data.chat_sources import Conversations, open_conversations
-from jaxlm.data.examples import Examples, Pairs
+from jaxlm.data.examples import Examples, Pairs, answers_of
 from jaxlm.tokenizer import Tokenizer, TokenizerError
 from jaxlm.tune_config import ChatConfig
 
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 Say = Callable[[str], None]
-Encoded = tuple[np.ndarray, np.ndarray]  # ids int32 [n], carries bool [n]
+Encoded = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids int32 [n], carries bool [n], said bool [n]
 Data = TypeVar("Data", Examples, Pairs)
 _EVERY = 10.0  # seconds between lines of progress
 
@@ -196,10 +196,10 @@ class _Encoder:
             raise _Bad("template error", str(error)) from None
 
     def _one(self, messages: Messages, first: int) -> Encoded:
-        ids, carries = encode_with_mask(self._tokenizer, self._template, messages, self._policy.think, first)
-        if not carries[1:].any():
+        encoded = encode_turns(self._tokenizer, self._template, messages, self._policy.think, first)
+        if not encoded[1][1:].any():
             raise _Bad("nothing to learn", "no token of what the assistant says carries loss")
-        return ids, carries
+        return encoded
 
     def _fitted(self, whole: list[Encoded]) -> list[Encoded]:
         """Cut to the limit, where the policy says so."""
@@ -207,15 +207,17 @@ class _Encoder:
             raise _Bad(
                 "chosen equals rejected", "chosen and rejected are the same tokens, which teaches nothing"
             )
-        longest = max(len(ids) for ids, _ in whole)
+        longest = max(len(ids) for ids, _, _ in whole)
         if longest <= self._limit:
             return whole
         if self._policy.too_long != "truncate":
             raise _TooLong(
                 "too long", f"it has {longest:,} tokens, more than the {self._limit:,} of an example"
             )
-        cut = [(ids[: self._limit], carries[: self._limit]) for ids, carries in whole]
-        if not all(carries[1:].any() for _, carries in cut):
+        cut = [
+            (ids[: self._limit], carries[: self._limit], said[: self._limit]) for ids, carries, said in whole
+        ]
+        if not all(carries[1:].any() for _, carries, _ in cut):
             raise _TooLong("too long to reach an answer", f"its first {self._limit:,} tokens hold no answer")
         if len(cut) == 2 and np.array_equal(cut[0][0], cut[1][0]):
             raise _TooLong(
@@ -230,19 +232,23 @@ class _Side:
 
     def __init__(self) -> None:
         self._ids, self._carries, self._ends = array("i"), bytearray(), array("q", [0])
+        self._answers = array("q")  # two of each
 
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    def add(self, ids: np.ndarray, carries: np.ndarray) -> None:
+    def add(self, ids: np.ndarray, carries: np.ndarray, said: np.ndarray) -> None:
         self._ids.frombytes(ids.astype(np.int32).tobytes())
         self._carries += carries.tobytes()
         self._ends.append(len(self._ids))
+        self._answers.extend(answers_of(said, carries))
 
     def examples(self, tokenizer: str) -> Examples:
         ids, carries = np.frombuffer(self._ids, np.int32), np.frombuffer(self._carries, bool)
+        answers = np.frombuffer(self._answers, np.int64).reshape(-1, 2)
         parts = (slice(a, b) for a, b in zip(self._ends, self._ends[1:]))
-        return Examples.of(((ids[part], carries[part]) for part in parts), tokenizer)
+        examples = ((ids[part], carries[part], at) for part, at in zip(parts, answers))
+        return Examples.of(examples, tokenizer)
 
 
 def split_validation(data: Data, share: float, seed: int = 0) -> tuple[Data, Data]:
@@ -272,8 +278,10 @@ def split_validation(data: Data, share: float, seed: int = 0) -> tuple[Data, Dat
 
 
 def _hash(data: Examples | Pairs, i: int, seed: int) -> int:
-    ids, carries = (data.chosen if isinstance(data, Pairs) else data).example(i)
-    content = ids[: int(carries.argmax())] if isinstance(data, Pairs) else ids
+    if isinstance(data, Pairs):
+        content = data.chosen.example(i)[0][: data.chosen.answers[i, 0]]
+    else:
+        content = data.example(i)[0]
     digest = hashlib.blake2b(content.tobytes(), digest_size=8, key=str(seed).encode())
     return int.from_bytes(digest.digest(), "big")
 
@@ -281,4 +289,4 @@ def _hash(data: Examples | Pairs, i: int, seed: int) -> int:
 def _taken(data: Data, chosen: np.ndarray) -> Data:
     if isinstance(data, Pairs):
         return Pairs(_taken(data.chosen, chosen), _taken(data.rejected, chosen))
-    return Examples.of((data.example(int(i)) for i in chosen), data.fingerprint)
+    return Examples.of(((*data.example(int(i)), data.answers[i]) for i in chosen), data.fingerprint)

@@ -15,6 +15,7 @@ from jaxlm.data.blocks import DataError
 
 Tokens = np.ndarray | Sequence[int]
 Carries = np.ndarray | Sequence[bool]
+Answers = np.ndarray | Sequence[int]  # where the first and the last answer begin
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,12 +24,13 @@ class Examples:
 
     Raises:
         DataError: an example has fewer than two tokens, or none that carries loss; or there is no example.
-        ValueError: dtypes, lengths or starts do not fit together.
+        ValueError: dtypes, lengths, starts or answers do not fit together.
     """
 
     ids: np.ndarray  # int32 [total]
     carries: np.ndarray  # bool [total], whether a token carries loss
     starts: np.ndarray  # int64 [n+1], ascending from 0 to total
+    answers: np.ndarray  # int64 [n, 2], where in an example the first and the last answer begin
     fingerprint: str  # of tokenizer, ids, carries and starts
 
     def __post_init__(self) -> None:
@@ -57,27 +59,41 @@ class Examples:
         silent = np.flatnonzero(self.loss_lengths == 0)
         if silent.size:
             raise DataError(f"example {int(silent[0])} has no token after its first that carries loss")
+        if self.answers.dtype != np.int64 or self.answers.shape != (len(self), 2):
+            raise ValueError(
+                f"answers is {self.answers.dtype} {list(self.answers.shape)}; it must be int64 [{len(self)}, 2]"
+            )
+        first, last = self.answers.T
+        if (first < 0).any() or (first > last).any() or (last >= self.lengths).any():
+            raise ValueError("answers do not begin in their examples, the first before the last")
 
     @classmethod
-    def of(cls, examples: Iterable[tuple[Tokens, Carries]], tokenizer: str) -> "Examples":
-        """Of (ids, carries) each; `tokenizer` is the fingerprint of what made the ids.
+    def of(
+        cls, examples: Iterable[tuple[Tokens, Carries] | tuple[Tokens, Carries, Answers]], tokenizer: str
+    ) -> "Examples":
+        """Of (ids, carries) or (ids, carries, answers) each; `tokenizer` is the fingerprint of what made the ids.
+
+        Without `answers`, runs of tokens that carry loss are the answers.
 
         Raises:
             DataError, ValueError: as the constructor.
         """
-        parts = [(np.asarray(ids, np.int32), np.asarray(carries, bool)) for ids, carries in examples]
-        for i, (ids, carries) in enumerate(parts):
+        parts, answers = [], []
+        for i, (some, carry, *where) in enumerate(examples):
+            ids, carries = np.asarray(some, np.int32), np.asarray(carry, bool)
             if ids.shape != carries.shape or ids.ndim != 1:
                 raise ValueError(
                     f"example {i}: ids {list(ids.shape)} and carries {list(carries.shape)} differ"
                 )
+            parts.append((ids, carries))
+            answers.append(where[0] if where else answers_of(carries, carries))
         starts = np.cumsum([0, *(len(ids) for ids, _ in parts)], dtype=np.int64)
         ids = np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in parts)])
         carries = np.concatenate([np.zeros(0, bool), *(carries for _, carries in parts)])
         digest = hashlib.sha256(tokenizer.encode())
         for array in (starts, ids, carries):
             digest.update(np.ascontiguousarray(array).data)
-        return cls(ids, carries, starts, digest.hexdigest())
+        return cls(ids, carries, starts, np.array(answers, np.int64).reshape(-1, 2), digest.hexdigest())
 
     def __len__(self) -> int:
         """Examples."""
@@ -105,6 +121,20 @@ class Examples:
     def loss_tokens(self) -> int:
         """Targets that carry loss, over all examples."""
         return int(self.loss_lengths.sum())
+
+
+def answers_of(said: np.ndarray, carries: np.ndarray) -> tuple[int, int]:
+    """Where answers begin in an example: the first, and the last of which a token carries loss; (0, 0) for none.
+
+    Args:
+        said: bool [n], tokens that the assistant says; an answer is a run of them.
+        carries: bool [n], those of them that carry loss.
+    """
+    begin = np.flatnonzero(np.diff(said, prepend=False) & said)
+    carrying = np.flatnonzero(carries)
+    if not carrying.size:
+        return 0, 0
+    return int(begin[0]), int(begin[begin <= carrying[-1]][-1])
 
 
 @dataclass(frozen=True, eq=False)

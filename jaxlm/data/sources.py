@@ -108,7 +108,7 @@ class HubSource:
         where = self.path if self.path != self.description else ""
         return DataError(
             f"{self.description}{f' ({where})' if where else ''} {what}: {reason}; "
-            f"a preparation goes on where it was when it is started again; local files work too: "
+            f"start it again (a preparation goes on where it was), or give local files: "
             f"FOLDER --schema {self.schema.name}"
         )
 

@@ -179,11 +179,14 @@ def adapted_decoder(
     return decoder
 
 
-def freeze(run: TuneRun, tensors: Mapping[str, Any]) -> Params:
+def freeze(
+    run: TuneRun, tensors: Mapping[str, Any], sharding: Mapping[str, jax.sharding.Sharding] | None = None
+) -> Params:
     """The frozen parameters of a run from the base's weights: cast or quantised, one tensor at a time.
 
-    tensors: by canonical paths, arrays or what has a `read()` that gives one. Raises InputError where they are not
-    the model's, or hold what cannot be quantised.
+    tensors: by canonical paths, arrays or what has a `read()` that gives one. sharding: where each is to lie; each
+    device receives its own part only. Raises InputError where they are not the model's, or hold what cannot be
+    quantised.
     """
     check_tensors(run.model, tensors)
     kind, dtypes = run.tune.quant, _dtypes(run)
@@ -191,12 +194,24 @@ def freeze(run: TuneRun, tensors: Mapping[str, Any]) -> Params:
     for path, tensor in tensors.items():
         value = tensor.read() if hasattr(tensor, "read") else tensor
         if kind != "none" and is_quantized(path):
-            frozen |= quantize_weight(path, value, kind)
+            frozen |= _placed(quantize_weight(path, value, kind), sharding)
+        elif sharding is not None:
+            frozen[path] = _parts(np.asarray(value), dtypes.of(path), sharding[path])
         elif isinstance(value, Array):
             frozen[path] = value.astype(dtypes.of(path))
         else:  # never the pages of a file
             frozen[path] = jnp.array(value, dtypes.of(path), copy=True).block_until_ready()
     return frozen
+
+
+def _placed(params: Params, sharding: Mapping[str, jax.sharding.Sharding] | None) -> Params:
+    return params if sharding is None else {k: jax.device_put(v, sharding[k]) for k, v in params.items()}
+
+
+def _parts(value: np.ndarray, dtype: DTypeLike, place: jax.sharding.Sharding) -> Array:
+    """An array on a mesh, of which no device sees more than its part; no second one is read before it is placed."""
+    made = jax.make_array_from_callback(value.shape, place, lambda index: value[index].astype(dtype))
+    return made.block_until_ready()
 
 
 def merge(params: Params, factors: Params, adapter: AdapterConfig) -> Params:

@@ -283,7 +283,7 @@ def test_names_keep_the_contract(name: str) -> None:
     assert name == "sweep" or not {case.name for case in suite("sweep")} & set(names)
     kinds = "prefill|decode|head|moe_layer|attention|loader|convert|gemm|copy|scatter|grouped|numerics|losses"
     dtypes = "float32|bfloat16|uint16"
-    pattern = re.compile(rf"train/(dense|moe)/[\w.+-]+/({dtypes})|({kinds})/[\w./+-]+/({dtypes})")
+    pattern = re.compile(rf"(train/(dense|moe)|tune/lora)/[\w.+-]+/({dtypes})|({kinds})/[\w./+-]+/({dtypes})")
     assert [n for n in names if not pattern.fullmatch(n)] == []
     assert all(hasattr(importlib.import_module(f"convert.bench.{case.kind}"), "make") for case in cases)
     assert all(case.facts.flops or case.facts.bytes or case.facts.unit == "rel" for case in cases)

@@ -1,11 +1,13 @@
 """Preferences from the command line: it learns them, keeps its reference, resumes bitwise, refuses what is wrong."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from entry import Outcome, run
+from safetensors.numpy import load_file, save_file
 from tuning_files import exported, turn, write_base, write_preferences, write_rows
 
 from experiments import dpo
@@ -63,6 +65,18 @@ def test_stored_reference_learns_resumes_bitwise_and_is_computed_once(
     spoil(parts / "reference.npz")
     done = call(*common, "--train.steps", 9, "--run-dir", parts, "--resume")
     assert done.code == 2 and "reference.npz is damaged" in done.err, done.err
+    # The reference is that of the base: of another one with the same shapes nothing may go on.
+    moved = shutil.copytree(base, tmp_path / "moved")
+    stored = {name: x * 1.5 for name, x in load_file(moved / "model.safetensors").items()}
+    save_file(stored, moved / "model.safetensors", {"format": "pt"})
+    shutil.move(base, tmp_path / "kept")
+    shutil.move(moved, base)
+    try:
+        done = call(*common, "--train.steps", 9, "--run-dir", parts, "--resume")
+    finally:
+        shutil.rmtree(base)
+        shutil.move(tmp_path / "kept", base)
+    assert done.code == 2 and "that is another model now" in done.err.splitlines()[-1], done.err
 
 
 def spoil(path: Path) -> None:

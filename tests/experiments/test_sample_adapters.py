@@ -108,7 +108,7 @@ def test_what_cannot_be_is_one_line(home: Path, tmp_path: Path, said: Callable) 
         (home / "base", "--adapter", f"x={one}", "--adapter", f"x={two}"): "'x' stands twice",
         (home / "base", "--adapter", f"={one}"): "is empty",
         (home / "base", "--adapter", home / "base"): "no adapter",
-        (home / "base", "--adapter", tmp_path / "none"): "it is no adapter",
+        (home / "base", "--adapter", tmp_path / "none"): "does not exist; an adapter was expected there",
         (other, "--adapter", one): "another model",
         (other, "--adapter", f"x={one}"): "sampled values differ",
     }.items():

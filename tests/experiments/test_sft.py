@@ -20,7 +20,7 @@ from convert.adapters import write_run_adapter
 from convert.targets import open_target
 from experiments import sft
 from experiments.cli import main_guard
-from experiments.tuning_data import last_answer
+from experiments.tuning_data import last_answer, open_data
 from experiments.tuning_options import (
     DpoOptions,
     LoraOptions,
@@ -33,7 +33,7 @@ from jaxlm.config import TrainConfig
 from jaxlm.finetune.lora import adapted
 from jaxlm.metrics import read_metrics
 from jaxlm.tensor_file import open_file
-from jaxlm.tune_config import TuneConfig, TuneRun, load_run
+from jaxlm.tune_config import ChatConfig, TuneConfig, TuneRun, load_run
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = [
@@ -213,6 +213,21 @@ def test_the_last_answer_is_cut_off() -> None:
     """Of several turns the last, with its end and without what follows it."""
     ids, carries = np.arange(10), np.array([0, 0, 1, 1, 0, 0, 1, 1, 1, 0], bool)
     assert last_answer(ids, carries) == ([0, 1, 2, 3, 4, 5], [6, 7, 8])
+
+
+@pytest.mark.parametrize("think", [True, False])
+def test_a_sample_begins_with_the_thought(base: Path, tmp_path: Path, think: bool) -> None:
+    """The prompt ends where the assistant begins to speak, whether or not what it thinks carries loss."""
+    said = ["<think>one</think> cat", "<think>two</think> dog"]
+    rows = [{"messages": [*turn("cat", said[0]), *turn("dog", said[1])]}, {"messages": turn("cat", said[0])}]
+    data = str(write_rows(tmp_path / "chats.jsonl", rows))
+    options = SftOptions(str(base), data=(data,), val=(data,), chat=ChatConfig(think=think))
+    held = open_data(options, open_target(base), 200)
+    decode = held.chat.tokenizer.decode
+    for i, (asked, thought) in enumerate((("dog", "two"), ("cat", "one"))):
+        prompt, answer = (decode(ids) for ids in last_answer(*held.shown.example(i)))
+        assert prompt.endswith(f"{asked}<|im_end|>\n<|im_start|>assistant\n")
+        assert answer == f"<think>{thought}</think> {asked}<|im_end|>"
 
 
 GOOD = {"messages": turn("cat")}

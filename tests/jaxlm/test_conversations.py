@@ -69,6 +69,8 @@ SCHEMAS: dict[str, tuple[str, Row, list[dict[str, str]]]] = {
     "prompt": ("instruction", {"prompt": "p", "completion": "c"}, talk("p", "c")),
     "prompt as messages": ("instruction", {"prompt": talk("p", "x", "y"), "completion": [turn("assistant", "c")]},
                            talk("p", "x", "y", "c")),
+    "prompt with a system of its own": (
+        "instruction", {"system": "x", "prompt": talk("q", system="s"), "completion": "a"}, talk("q", "a", system="s")),
     "question": ("instruction", {"question": "q", "answer": "a"}, talk("q", "a")),
     "openorca": ("openorca", {"id": 1, "system_prompt": "s", "question": "q", "response": "a"},
                  talk("q", "a", system="s")),
@@ -122,6 +124,26 @@ PREFERENCES: dict[str, tuple[Row, tuple[list, list, list]]] = {
     "one goes on": ({"chosen": talk("q", "yes", "r", "yes"), "rejected": talk("q", "yes")},
                     (talk("q"), [A, turn("user", "r"), A], [A])),
     "answers alone": ({"instruction": "q", "chosen": [A], "rejected": [B]}, (talk("q"), [A], [B])),
+    "lists with a system before the prompt": (
+        {"prompt": talk("q"), "chosen": talk("q", "yes", system="s"), "rejected": talk("q", "no", system="s")},
+        (talk("q", system="s"), [A], [B])),
+    "lists with the prompt otherwise spaced": (
+        {"prompt": talk("q"), "chosen": talk("q ", "yes"), "rejected": talk("q ", "no")}, (talk("q "), [A], [B])),
+    "a system that lists leave out": (
+        {"prompt": talk("q", system="s"), "chosen": talk("q", "yes"), "rejected": talk("q", "no")},
+        (talk("q", system="s"), [A], [B])),
+    "lists that hold a prompt of the assistant": (
+        {"prompt": [A, *talk("q")], "chosen": [A, *talk("q", "yes")], "rejected": [A, *talk("q", "no")]},
+        ([A, *talk("q")], [A], [B])),
+    "answers to a call": (
+        {"prompt": [*talk("q"), A], "chosen": [turn("tool", "r"), A], "rejected": [turn("tool", "r"), B]},
+        ([*talk("q"), A], [turn("tool", "r"), A], [turn("tool", "r"), B])),
+    "a column and a system": (
+        {"system": "other", "prompt": talk("q", system="s"), "chosen": "yes", "rejected": "no"},
+        (talk("q", system="s"), [A], [B])),
+    "a column and a system in lists": (
+        {"system": "other", "chosen": talk("q", "yes", system="s"), "rejected": talk("q", "no", system="s")},
+        (talk("q", system="s"), [A], [B])),
 }  # fmt: skip
 
 
@@ -207,6 +229,10 @@ BAD_PAIRS: dict[str, tuple[Row, str]] = {
     "no prompt": ({"chosen": "a", "rejected": "b"}, "a prompt is needed"),
     "nothing in common": (
         {"chosen": talk("q", "a"), "rejected": talk("r", "a")},
+        "no first message in common",
+    ),
+    "nothing but a column in common": (
+        {"system": "s", "chosen": talk("q", "a", system="t"), "rejected": talk("q", "b", system="u")},
         "no first message in common",
     ),
     "mixed": ({"prompt": "p", "chosen": "a", "rejected": talk("q", "a")}, "one is text, the other a list"),
@@ -411,6 +437,40 @@ def test_preferences_of_one_prompt_are_on_one_side() -> None:
     assert prompts[0].isdisjoint(prompts[1]) and (len(train), len(val)) == (28, 12)
     for side in (train, val):
         assert learnt(side.rejected).endswith("⟦n<|im_end|>⟧\n")
+
+
+def test_a_thought_without_loss_is_no_part_of_the_prompt() -> None:
+    """Pairs of one prompt are on one side however their answers think, with loss on thoughts and without."""
+    said = [talk(f"q{n % 10}", f"<think>{n}</think>a", f"r{n}", "b") for n in range(40)]
+    rows = [{"chosen": turns, "rejected": talk(turns[0]["content"], "c")} for turns in said]
+    for think in (True, False):
+        sides = split_validation(encoded(rows, think=think)[0], 0.3, 0)
+        prompts = [{prompt_of(side.chosen, i) for i in range(len(side))} for side in sides]
+        assert prompts[0].isdisjoint(prompts[1]) and [len(side) for side in sides] == [28, 12]
+
+
+def prompt_of(data: conversations.Examples, i: int) -> str:
+    """Before the first answer's thought, read from the text."""
+    ids = data.example(i)[0]
+    prompt = TOKENIZER.decode(ids).partition("<think>")[0]
+    assert TOKENIZER.decode(ids[: data.answers[i, 0]]) == prompt
+    return prompt
+
+
+def test_where_answers_begin_is_kept() -> None:
+    """The first and the last, thought and all, of what is to be learnt; of what is cut off, the last that is left."""
+    row = {"messages": talk("q", "<think>t</think>a", "r", "<|think|>u<|/think|>b", system="s")}
+    chat = Chat.of(TOKENIZER, CHATML)
+    before = [len(chat.encode(row["messages"][:n])) for n in (2, 4)]
+    for think in (True, False):
+        data = encoded([row, row], think=think)[0]
+        assert data.answers.tolist() == [before, before]
+        cut = encoded([row], int(data.answers[0, 1]) + 1, think=False)[0]
+        assert cut.answers.tolist() == [before[:1] * 2]
+    pair = {"chosen": talk("q", "a", "r", "<think>t</think>b"), "rejected": talk("q", "a", "r", "c")}
+    for side in (pairs := encoded([pair], think=False)[0]).chosen, pairs.rejected:
+        first, last = side.answers[0]
+        assert first == last == len(chat.encode(pair["chosen"][:3]))
 
 
 def printed(data: Any, statistics: conversations.Statistics, terminal: bool) -> str:

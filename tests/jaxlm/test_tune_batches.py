@@ -118,17 +118,29 @@ def test_examples_say_what_is_wrong_with_them():
     for i in (-1, 2):
         with pytest.raises(IndexError, match=f"there is no example {i}"):
             data.example(i)
-    parts = (data.ids, data.carries, data.starts)
+    parts = (data.ids, data.carries, data.starts, data.answers)
     for i, changed in (
         (0, data.ids[:-1]),
         (0, data.ids.astype(np.int64)),
         (2, data.starts[:2]),
         (2, -data.starts),
+        (3, data.answers[:1]),
+        (3, data.answers.astype(np.int32)),
+        (3, data.answers - 9),
+        (3, data.answers + 9),
+        (3, data.answers + [1, 0]),
     ):
-        with pytest.raises(ValueError, match=r"ids|starts"):
+        with pytest.raises(ValueError, match=r"ids|starts|answers"):
             Examples(*parts[:i], changed, *parts[i + 1 :], "f")
     with pytest.raises(ValueError, match="starts do not ascend"):
-        Examples(data.ids, data.carries, np.array([0, 4, 3, 5]), "f")
+        Examples(data.ids, data.carries, np.array([0, 4, 3, 5]), data.answers, "f")
+
+
+def test_answers_are_the_runs_that_carry_loss_unless_they_are_given():
+    """Before the first, and before the last."""
+    ids, carries = [1, 2, 3, 4, 5, 6, 7], [False, True, False, False, True, True, False]
+    made = Examples.of([(ids, carries), (ids, carries, [0, 3]), (ids[:2], [True, True])], "t")
+    assert made.answers.tolist() == [[1, 4], [0, 3], [0, 0]]
 
 
 def test_a_fingerprint_tells_examples_apart():

@@ -10,7 +10,6 @@ version, with --no-deps; no GPU is needed), the real step is compiled for the de
 stand beside. --batch and --seq are short for --train.batch-size and --train.seq-len.
 """
 
-import dataclasses
 import importlib.metadata
 import math
 import os
@@ -24,7 +23,7 @@ from experiments.tuning_options import LoraOptions
 from jaxlm.cli import main_guard, parse
 from jaxlm.config import ConfigError, ModelConfig, RunConfig, require
 from jaxlm.count import active_param_count, param_count
-from jaxlm.estimate import USABLE, Device, Memory, budget, device, expected_collectives, memory
+from jaxlm.estimate import USABLE, Budget, Device, Memory, budget, device, expected_collectives, memory
 from jaxlm.estimate_lora import factor_count, tuned_budget, tuned_memory
 from jaxlm.presets import PRESETS, preset
 from jaxlm.tune_config import Quant, TuneConfig, TuneRun
@@ -48,9 +47,8 @@ class PlanOptions:
     @property
     def planned(self) -> TuneRun:
         """The run as one that fine-tunes packed conversations, where there is an adapter. Raises ConfigError."""
-        values = {f.name: getattr(self.run, f.name) for f in dataclasses.fields(RunConfig)}
         tune = TuneConfig("sft", "the preset", adapter=self.lora.adapter(), quant=self.quant)
-        return TuneRun(**values, tune=tune)
+        return TuneRun.of(self.run, tune)
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def main(argv: list[str]) -> int:
     if "--decode" in argv:
         return _decode([word for word in argv if word != "--decode"])
     name, options = _options(argv)
-    tunes = options.lora.rank or options.quant != "none"
+    tunes = options.lora != LoraOptions() or options.quant != "none"
     run, on = options.planned if tunes else options.run, device(options.device)
     require(math.isfinite(options.tokens), f"tokens={options.tokens} must be a finite number")
     tokens = int(options.tokens) or run.train.steps * run.train.batch_size * run.train.seq_len
@@ -108,9 +106,7 @@ def _has_compiler(name: str) -> bool:
 
 def _tell(name: str, run: RunConfig, options: PlanOptions, on: Device, tokens: int) -> bool:
     """Prints what arithmetic says; whether the step fits."""
-    tuned = isinstance(run, TuneRun)
-    cost = (tuned_budget if tuned else budget)(run, on, options.mfu, tokens)  # type: ignore[arg-type]
-    one, train = _memory(run), run.train
+    one, cost, train = _memory(run), _budget(run, on, options.mfu, tokens), run.train
     fits = one.peak <= USABLE * on.memory
     print(
         f"{name} on {run.mesh.size} x {options.device} (mesh {run.mesh}), {cost.tokens_per_step:,} tokens per step "
@@ -150,7 +146,7 @@ def _tell(name: str, run: RunConfig, options: PlanOptions, on: Device, tokens: i
             f"  time         {cost.tokens_per_second:,.0f} tokens/s at {options.mfu:.0%} MFU, "
             f"{cost.hours:,.1f} hours for {tokens:,} tokens"
         )
-    if not tuned:
+    if not isinstance(run, TuneRun):
         sparse, billions = " active" if run.model.moe.n_experts else "", cost.optimal_tokens / 1e9
         print(f"  optimum      {billions:,.1f} G tokens: 20 per{sparse} parameter (arXiv:2203.15556)")
     print(
@@ -191,6 +187,10 @@ def _tell_compiled(run: RunConfig, name: str, on: Device) -> bool:
 
 def _memory(run: RunConfig) -> Memory:
     return tuned_memory(run) if isinstance(run, TuneRun) else memory(run)
+
+
+def _budget(run: RunConfig, on: Device, mfu: float, tokens: int) -> Budget:
+    return tuned_budget(run, on, mfu, tokens) if isinstance(run, TuneRun) else budget(run, on, mfu, tokens)
 
 
 def _gb(size: float) -> str:

@@ -19,6 +19,7 @@ from convert.targets import Target, load_params, open_target
 from experiments.cli import say
 from experiments.handover import resume
 from experiments.pretrain import (
+    Ready,
     check_devices,
     compiled_note,
     device_kind,
@@ -34,7 +35,7 @@ from jaxlm.adapter_config import check_targets
 from jaxlm.checkpoint_files import preflight
 from jaxlm.count import flops_per_token, param_count
 from jaxlm.data.chat_report import show
-from jaxlm.data.tune_batches import TuneBatches, TuneLoader, eval_tune_batches, make_tune_loader
+from jaxlm.data.tune_batches import TuneBatches, eval_tune_batches, make_tune_loader
 from jaxlm.engine import JaxEngine, widen_if_needed
 from jaxlm.estimate_lora import factor_count, matrix_shapes, tuning_flops_per_token
 from jaxlm.finetune.lora import freeze
@@ -100,17 +101,6 @@ def open_base(options: TuneOptions) -> Target:
     """The model to start from; an adapter, that of a LoRA run too, is merged into it. Raises InputError."""
     base = open_target(options.target, options.checkpoint, optimizer=False)
     return merged(base, open_adapter(Path(options.adapter), base)) if options.adapter else base
-
-
-@dataclass
-class Ready:
-    """What training starts from."""
-
-    engine: JaxEngine
-    loader: TuneLoader  # at the batch of the engine's next step
-    validation: list[Any]  # batches of every validation
-    best: float  # validation loss so far
-    resume_step: int | None  # None = a fresh start
 
 
 def set_up(

@@ -226,7 +226,7 @@ def run_of(
         options.preferences,
     )
     data = DataConfig(val_fraction=options.val_fraction)
-    return TuneRun(model, data, optim, train, options.mesh, options.log, tune)
+    return TuneRun(model, data, optim, train, options.mesh, options.log, tune=tune)
 
 
 C = TypeVar("C")

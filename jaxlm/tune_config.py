@@ -1,6 +1,6 @@
 """What a fine-tuning run is told beside what every run is told: its data, its base, its adapter. No framework here."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -85,7 +85,12 @@ class TuneConfig:
 class TuneRun(RunConfig):
     """A run that fine-tunes; config.json of its directory has the key `tune`."""
 
-    tune: TuneConfig = field(default_factory=lambda: TuneConfig("sft", "?"))  # what is tuned, on what, how
+    tune: TuneConfig = field(kw_only=True)  # what is tuned, on what, how
+
+    @classmethod
+    def of(cls, run: RunConfig, tune: TuneConfig) -> "TuneRun":
+        """A run, its model, optimizer, loop and mesh, put to fine-tuning. Raises ConfigError where they do not fit."""
+        return cls(**{f.name: getattr(run, f.name) for f in fields(RunConfig)}, tune=tune)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -4,7 +4,6 @@ import dataclasses
 
 from convert.bench.case import Case
 from jaxlm.adapter_config import AdapterConfig
-from jaxlm.config import RunConfig
 from jaxlm.estimate_lora import factor_count, tuning_flops_per_token
 from jaxlm.tune_config import TuneConfig, TuneRun
 
@@ -15,9 +14,8 @@ def tuned(case: Case) -> Case:
     """A case of training with an adapter in the place of all weights."""
     assert case.run is not None
     name = "/".join(case.name.split("/")[2:])
-    fields = {f.name: getattr(case.run, f.name) for f in dataclasses.fields(RunConfig)}
     adapter = AdapterConfig(RANK, 2.0 * RANK)
-    run = TuneRun(**fields, tune=TuneConfig("sft", name, adapter=adapter))
+    run = TuneRun.of(case.run, TuneConfig("sft", name, adapter=adapter))
     trained, facts = factor_count(run.model, adapter), case.facts
     facts = dataclasses.replace(
         facts,

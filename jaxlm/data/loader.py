@@ -126,7 +126,7 @@ class Loader:
         Raises:
             DataError: the state belongs to other data, or is not one of `get_state`.
         """
-        self.seek(_checked_position(state, self._identity, self._most))
+        self.seek(checked_position(state, self._identity, self._most))
 
     def seek(self, batch: int) -> None:
         """Makes `batch` the next one."""
@@ -140,7 +140,12 @@ class Loader:
         self._iterator.close()
 
 
-def _checked_position(state: Any, identity: DatasetIdentity, most: int) -> int:
+def checked_position(state: Any, identity: Any, most: int) -> int:
+    """The number of the next batch in a loader's `get_state`.
+
+    identity: a dataclass of plain JSON. Raises DataError where the state is none, or of another identity: the first
+    field that differs is named.
+    """
     fields = state if isinstance(state, dict) else {}
     position, dataset = fields.get("next_batch"), fields.get("dataset")
     if type(position) is not int or not 0 <= position < most or not isinstance(dataset, dict):
@@ -149,7 +154,7 @@ def _checked_position(state: Any, identity: DatasetIdentity, most: int) -> int:
         there = dataset.get(name)
         if type(there) is not type(here) or there != here:
             raise DataError(
-                "the saved data position belongs to another dataset: "
+                "the saved data position belongs to other data or settings: "
                 f"{name} was {_short(there)}, now it is {_short(here)}; give the run the data that it began with"
             )
     return position

@@ -20,6 +20,7 @@ from jaxlm.data.batches import Batch, checked_rows
 from jaxlm.data.corpus import DataError
 from jaxlm.data.example_rows import SCHEME, Rows, lay_out
 from jaxlm.data.examples import Examples, Pairs
+from jaxlm.data.loader import checked_position
 from jaxlm.tune_config import TuneRun
 
 _ROWS, _TIES = 0, 1  # orders of one seed: of an epoch's rows, of examples to pack
@@ -161,7 +162,7 @@ class TuneLoader:
         Raises:
             DataError: the state belongs to other data or settings, or is not one of `get_state`.
         """
-        self.seek(_checked_position(state, self._identity, len(self.batches)))
+        self.seek(checked_position(state, self._identity, len(self.batches)))
 
     def seek(self, batch: int) -> None:
         """Makes `batch` the next one."""
@@ -284,22 +285,3 @@ def _gather(
         batch["reference"] = np.zeros((slots.b, 2), reference.dtype)
         batch["reference"][slots.row] = reference[slots.members]
     return batch
-
-
-def _checked_position(state: Any, identity: TuneIdentity, most: int) -> int:
-    fields = state if isinstance(state, dict) else {}
-    position, there = fields.get("next_batch"), fields.get("dataset")
-    if type(position) is not int or not 0 <= position < most or not isinstance(there, dict):
-        raise DataError(f"{str(state)[:100]} is no state of a loader: it needs next_batch and dataset")
-    for name, here in asdict(identity).items():
-        saved = there.get(name)
-        if type(saved) is not type(here) or saved != here:
-            raise DataError(
-                "the saved data position belongs to other data or settings: "
-                f"{name} was {_short(saved)}, now it is {_short(here)}; give the run the data that it began with"
-            )
-    return position
-
-
-def _short(value: object) -> str:
-    return f"{value[:12]}..." if isinstance(value, str) and len(value) > 32 else repr(value)[:60]

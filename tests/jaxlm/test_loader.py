@@ -218,7 +218,7 @@ def test_the_state_of_another_dataset_is_refused(change, message):
     state = make_loader(STORES[:1], _settings()).get_state()
     stores = change.pop("stores", STORES[:1])
     other = make_loader(stores, _settings(**change))
-    with pytest.raises(DataError, match=f"belongs to another dataset: {message}"):
+    with pytest.raises(DataError, match=f"belongs to other data or settings: {message}"):
         other.set_state(state)
     assert other.next_batch == 0
 

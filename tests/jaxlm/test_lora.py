@@ -63,8 +63,7 @@ def tuned(
 ) -> TuneRun:
     """A tiny run of supervised fine-tuning."""
     run = tiny_run(model, mesh=mesh, **train)
-    fields = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
-    return TuneRun(**fields, tune=TuneConfig("sft", "base", adapter=adapter, quant=quant))
+    return TuneRun.of(run, TuneConfig("sft", "base", adapter=adapter, quant=quant))
 
 
 def random_factors(run: TuneRun, seed: int = 1) -> dict[str, Any]:

@@ -148,8 +148,7 @@ def test_peak_memory_is_in_bytes_and_never_falls() -> None:
 
 def test_the_loss_of_preferences_has_no_perplexity() -> None:
     """It is no token's: neither the training nor the validation loss is given in other units."""
-    fields = {f.name: getattr(a_run(), f.name) for f in dataclasses.fields(RunConfig)}
     for method, said in (("sft", True), ("dpo", False)):
-        run, lines = TuneRun(**fields, tune=TuneConfig(method, "base")), Lines()
+        run, lines = TuneRun.of(a_run(), TuneConfig(method, "base")), Lines()
         Reporter(run, lines, Throughput(TOKENS), None, None)(1, {"loss": 0.7}, val_loss=0.6)
         assert ("perplexity" in lines[0], "val_perplexity" in lines[0]) == (said, said)

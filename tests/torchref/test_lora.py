@@ -42,8 +42,7 @@ ADAPTER = AdapterConfig(3, 5.0, targets=TARGETS, overrides=(Override(r".*\.o_pro
 def tuned(model: ModelConfig, adapter: AdapterConfig, quant: Any = "none", **train: Any) -> TuneRun:
     """A tiny run of supervised fine-tuning."""
     run = tiny_run(model, **train)
-    fields = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
-    return TuneRun(**fields, tune=TuneConfig("sft", "base", adapter=adapter, quant=quant))
+    return TuneRun.of(run, TuneConfig("sft", "base", adapter=adapter, quant=quant))
 
 
 def adapted_torch(run: TuneRun, base: Any, seed: int = 1) -> tuple[Decoder, dict[str, Any]]:
